@@ -186,10 +186,13 @@ class BodyFormat:
 
 def _encode_all(body: Body) -> tuple[int, bytes]:
     """The format and the encoded body, without the defaults at its end."""
-    fields = astuple(body)
     number = WITH_REFERENCES if body.has_large else FORMAT
     if body.owner is not None:
         number = OWNED
+        if not (body.origin or body.settled or body.joins):  # most sessions of users
+            before = body.values, body.lifetime, body.marked, body.debug_until, body.has_large
+            return number, _encode((*before, body.owner))
+    fields = astuple(body)
     while len(fields) > 2 and fields[-1] == _DEFAULTS[len(fields) - 1]:
         fields = fields[:-1]
     return number, _encode(fields)

@@ -1,6 +1,7 @@
 """gRPC servers of sessions for tests, in this process and in processes of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,8 +112,11 @@ class ServeCommand:
             time.sleep(0.02)
 
     def signal(self, number: int) -> None:
+        """Send a signal; after SIGSTOP, wait until the process has stopped."""
         assert self.process is not None
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def stop(self) -> int:
         """Ask it to end, and return its exit code."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_interrupt_while_a_failed_connection_closes_costs_a_clients_pool_no_place(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch
+    redis_url: str,
 ) -> None:
     client = Redis(
         connection_pool=redis.BlockingConnectionPool.from_url(
@@ -175,14 +176,23 @@ def test_an_interrupt_while_a_failed_connection_closes_costs_a_clients_pool_no_p
     )
     store: Any = open_store(client, StoreOptions())[0]
     assert store.load("A" * 43) is None  # connects
-    with monkeypatch.context() as patch:
-        for method in ("send_packed_command", "disconnect"):
-            patch.setattr(redis.Connection, method, interrupted)
-        with pytest.raises(Interrupt):
-            store.load("A" * 43)
+    patch = pytest.MonkeyPatch()
+    for method in ("send_packed_command", "disconnect"):
+        patch.setattr(redis.Connection, method, interrupted)
+    with pytest.raises(Interrupt), undone(patch):
+        store.load("A" * 43)
     assert store.load("A" * 43) is None
     store.close()
     client.close()
+
+
+@contextmanager
+def undone(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo the patch after the block, while an exception still holds the block's objects."""
+    try:
+        yield
+    finally:
+        patch.undo()
 
 
 def interrupted(*_: object) -> None:
