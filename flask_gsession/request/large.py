@@ -32,7 +32,7 @@ _SMALL = 16 * 1024  # bytes; smaller attached files stay in the record
 _FOR_OTHERS = ("unknown encryption key", "not encrypted")
 
 
-class LargeValues:
+class SessionLargeValues:
     """A session's operations on values that are stored outside its record."""
 
     __slots__ = ("_life", "_lost_once")

@@ -123,13 +123,16 @@ class Lifecycle(Struct, eq=False):
     joined: tuple[str, Join] | None = None
     #: the mark of a take-over by a cookie that several visitors may share
     mark: Record | None = None
+    #: the key of the session that an old cookie led to
+    imported: str | None = None
+    #: the threads that run a function of ``update_atomic``
+    in_function: set[int] | None = None
+    #: the late changes that are in the log already
+    reported: set[str] | None = None
     trace: Trace | None = None
 
     _presented: Presented | None = None
-    imported: str | None = None  # the key of the session that an old cookie led to
-    in_function: set[int] | None = None  # threads that run a function of update_atomic
     _vetted: dict[str, bytes] | None = None
-    reported: set[str] | None = None
 
     def __repr__(self) -> str:
         """Hides the values and the token, since error trackers store local variables."""

@@ -39,7 +39,7 @@ from .confirming import (
 from .durations import grace_in_seconds, lifetime_in_milliseconds, ttl_in_milliseconds
 from .ending import destroy, refuse
 from .joining import join_early, signs_in
-from .large import LargeValues
+from .large import SessionLargeValues
 from .lifecycle import CONFIRMED, ONE_KEY, Lifecycle
 from .loading import load, open_for_writing, open_from_store, reload
 from .locking import Lock
@@ -166,8 +166,8 @@ class SessionData(SessionMixin):
         return {}
 
     @cached_property
-    def _large(self) -> LargeValues:
-        return LargeValues(self._life)
+    def _large(self) -> SessionLargeValues:
+        return SessionLargeValues(self._life)
 
     @property
     def permanent(self) -> bool:

@@ -55,11 +55,12 @@ class Script:
     """A Lua script of this folder, and the SHA-1 under which servers know it."""
 
     def __init__(self, name: str) -> None:
-        self.of(files(__package__).joinpath(f"{name}.lua").read_bytes())
+        self.set_source(files(__package__).joinpath(f"{name}.lua").read_bytes())
 
-    def of(self, source: bytes) -> None:
+    def set_source(self, source: bytes) -> None:
+        """Use this source, and the SHA-1 of it."""
         self.source = source
-        self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
+        self.sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
         self._begin = b"\r\n$7\r\nEVALSHA\r\n$40\r\n" + self.sha
 
     def packed(self, parts: Sequence[bytes]) -> bytes:

@@ -36,7 +36,7 @@ class Journaled(Script):
         # The position of the value with the session's expiry, counted from 1; 0: none.
         self.header = header
         end = Script("journal_enter").source
-        super().of(b"local function write(KEYS, ARGV)\n%b\nend\n%b" % (script.source, end))
+        super().set_source(b"local function write(KEYS, ARGV)\n%b\nend\n%b" % (script.source, end))
 
 
 _CREATE = Journaled(Script("journal_create"), 1)
