@@ -177,15 +177,16 @@ def inside_a_request(url: str, _: Path) -> Any:
 
 def locks(url: str, _: Path) -> Any:
     """A lock that is held across the fork, and one that the child takes and has extended."""
-    # No lock is extended, which opens the store again, between the close and the fork.
     site = make_site(url, "forks:", lock_timeout=4, lock_wait=DEADLINE, lock_warn=None)
     extended = threading.Event()
+    closed = threading.Lock()  # an extension would open the store again before the fork
     leases: Any = site.ext.store(site.app).leases
     extend = leases.extend
 
     def tell(*arguments: Any) -> bool:
-        extended.set()
-        return bool(extend(*arguments))
+        with closed:
+            extended.set()
+            return bool(extend(*arguments))
 
     leases.extend = tell
 
@@ -201,14 +202,16 @@ def locks(url: str, _: Path) -> Any:
     def forks() -> Any:
         with session.lock() as held:
             assert held is session._get_current_object()
-            site.ext.close(site.app)
-            child = CChild(in_child)
+            with closed:
+                site.ext.close(site.app)
+                child = CChild(in_child)
             time.sleep(0.05)  # the child gets in line, or not: both must work
             session["held"] = "by the parent"
             entered.append(child)
         return {}
 
     def in_child() -> Any:
+        closed.release()
         misused = ""
         try:
             session["n"] = 1

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from flask_gsession.errors import StoreUnavailable
+from flask_gsession.errors import Stale, StoreUnavailable
 from flask_gsession.sharing.store_service import StoreService
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
@@ -76,8 +76,14 @@ def test_the_far_store_ends_before_its_caller(
                         break
                 assert f"Save: {name}: " in reasons[-1]
         # Nobody inherits the short time: sqlite keeps it on its connections.
-        record = changed if store.load(record.key) == changed else record
-        store.save(record._replace(version=new_version()), record.version)
+        # A write that the network held back may arrive at last, after this load or before it.
+        for _ in range(2):
+            record = changed if store.load(record.key) == changed else record
+            with suppress(Stale):
+                store.save(record._replace(version=new_version()), record.version)
+                break
+        else:
+            pytest.fail("the record changed twice")
 
 
 def test_a_chain_of_servers_passes_the_deadline_on(store_prefix: str) -> None:
