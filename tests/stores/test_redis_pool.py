@@ -162,6 +162,8 @@ def test_interrupts_lose_no_slot(store: Any, monkeypatch: pytest.MonkeyPatch) ->
     for thread in threads:
         thread.join(30)
     assert not wrong
+    if redis.__version__ == "5.0.0":  # ties frames and an error of the server in a cycle
+        gc.collect()
     slots = [store.commands.pool.take(in_time()) for _ in range(SIZE)]
     assert [slot.ask(b"PING\r\n") for slot in slots] == [b"PONG"] * SIZE
 
