@@ -24,6 +24,7 @@ from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import new_version
 from flask_gsession.stores.redis.pool import Slot, _BoundedSocket, bounded
 from flask_gsession.testing import a_pointer, a_record
+from tests.harness.apps import until
 from tests.harness.servers import RedisServer
 
 SIZE = 4
@@ -72,11 +73,65 @@ def test_a_waiting_caller_gets_a_returned_connection(store: Any) -> None:
     got: list[Any] = []
     waiting = threading.Thread(target=lambda: got.append(pool.take(time.monotonic() + 30)))
     waiting.start()
-    while not pool._waiting:
+    while not pool._returned.waiting:
         time.sleep(0.001)
     pool.give(slots.pop())
     waiting.join(30)
     assert len(got) == 1
+
+
+def test_callers_that_wait_while_the_pool_is_closed_get_new_connections(store: Any) -> None:
+    """As live updates close it when they begin to follow a server."""
+    pool = store.commands.pool
+    lent = [pool.take(in_time()) for _ in range(SIZE)]
+    got: list[Any] = []
+
+    def take() -> None:
+        slot = pool.take(in_time())
+        got.append(slot)
+        until(lambda: len(got) >= SIZE)  # so the others wait again
+        pool.give(slot)
+
+    waiting = [threading.Thread(target=take) for _ in range(2 * SIZE)]
+    for thread in waiting:
+        thread.start()
+    until(lambda: pool._returned.waiting == 2 * SIZE)
+    pool.close()
+    for thread in waiting:
+        thread.join(30)
+    assert len(got) == 2 * SIZE
+    assert {*got}.isdisjoint(lent)
+
+
+def test_a_pool_that_is_closed_under_load_fails_no_caller(store: Any) -> None:
+    pool = store.commands.pool
+    over = threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not over.is_set():
+                slot = pool.take(in_time())
+                answer = slot.ask(b"PING\r\n")
+                assert answer == b"PONG"
+                pool.give(slot)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3 * SIZE)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        pool.close()
+        time.sleep(0.002)
+    over.set()
+    for thread in threads:
+        thread.join(30)
+    assert errors == []
+    slots = [pool.take(in_time()) for _ in range(SIZE)]
+    with pytest.raises(RedisTimeoutError, match="all 4 connections were in use"):
+        pool.take(soon())
+    assert len({*slots}) == SIZE
 
 
 def test_a_slot_that_was_dropped_comes_back(store: Any) -> None:

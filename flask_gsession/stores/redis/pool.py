@@ -179,13 +179,19 @@ def bounded(connection_class: type) -> type:
     return type(connection_class.__name__, (_Bounded, connection_class), {})
 
 
+class _Returned(Condition):
+    """Tells waiting threads that a slot has come back. A pool that was closed has another one."""
+
+    waiting = 0  # threads
+
+
 class Slot:
     """The right to one connection, and the connection, once there is one."""
 
-    __slots__ = ("__weakref__", "connection", "generation")
+    __slots__ = ("__weakref__", "connection", "returned")
 
-    def __init__(self, generation: object) -> None:
-        self.generation = generation
+    def __init__(self, returned: _Returned | None) -> None:
+        self.returned = returned  # none for a connection of no pool
         self.connection: Any = None
 
     def __del__(self) -> None:
@@ -243,11 +249,12 @@ class ConnectionPool:
 
     def _start(self) -> None:
         """Forget every connection. Each is closed when it is garbage-collected or returned."""
-        self._generation = object()
-        self._returned = Condition()
-        self._waiting = 0
-        self._idle = deque(Slot(self._generation) for _ in range(self._size))
-        self._slots = [ref(slot) for slot in self._idle]
+        returned = _Returned()
+        idle = deque(Slot(returned) for _ in range(self._size))
+        # In this order: another thread may take or return a slot in between.
+        self._slots = [ref(slot) for slot in idle]
+        self._returned = returned
+        self._idle = idle
 
     def take(self, deadline: float, name: bytes = b"") -> Slot:
         """Lend a slot; its connection may not be connected yet.
@@ -270,33 +277,42 @@ class ConnectionPool:
         return slot
 
     def _wait(self, deadline: float) -> Slot:
-        with self._returned:
-            self._waiting += 1
+        slot = None
+        while slot is None:
+            slot = self._wait_until_closed(self._returned, deadline)
+        return slot
+
+    def _wait_until_closed(self, returned: _Returned, deadline: float) -> Slot | None:
+        """The next idle slot, or None if another thread has closed the pool meanwhile."""
+        with returned:
+            returned.waiting += 1
             try:
-                while True:
+                while returned is self._returned:
                     try:
                         return self._idle.pop()
                     except IndexError:
                         pass
                     for number, slot in enumerate(self._slots):
                         if slot() is None:
-                            made = Slot(self._generation)
+                            made = Slot(returned)
                             self._slots[number] = ref(made)
                             return made
                     left = deadline - monotonic()
                     if left <= 0:
                         raise AllInUse(f"all {self._size} connections were in use")
-                    self._returned.wait(min(left, _LOOK_FOR_LOST))
+                    returned.wait(min(left, _LOOK_FOR_LOST))
             finally:
-                self._waiting -= 1
+                returned.waiting -= 1
+        return None
 
     def give(self, slot: Slot) -> None:
         """Return the slot of a command that was answered."""
-        if slot.generation is self._generation:
+        returned = slot.returned
+        if returned is self._returned:
             self._idle.append(slot)
-            if self._waiting:
-                with self._returned:
-                    self._returned.notify()
+            if returned.waiting:
+                with returned:
+                    returned.notify()
         elif slot.connection is not None:
             slot.connection.disconnect()
 
@@ -342,9 +358,15 @@ class ConnectionPool:
     def close(self) -> None:
         """Close idle connections now, and the others when they are returned."""
         process.notice()
-        idle = self._idle
+        idle, returned = self._idle, self._returned
         self._start()
-        for slot in idle:
+        with returned:
+            returned.notify_all()
+        while True:
+            try:
+                slot = idle.pop()  # unless another thread was faster
+            except IndexError:
+                return
             if slot.connection is not None:
                 slot.connection.disconnect()
 
