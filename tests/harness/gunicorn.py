@@ -188,10 +188,17 @@ class Stream:
 
     def __init__(self, port: int, cookie: str) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        self._connection.request("GET", "/live/stream", headers={"Cookie": f"session={cookie}"})
-        self.response = self._connection.getresponse()
+        self._cookie = cookie
 
     def __enter__(self) -> Self:
+        try:
+            self._connection.request(
+                "GET", "/live/stream", headers={"Cookie": f"session={self._cookie}"}
+            )
+            self.response = self._connection.getresponse()
+        except BaseException:
+            self._connection.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

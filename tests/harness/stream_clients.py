@@ -13,42 +13,74 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from tempfile import TemporaryFile
 from typing import Any, Self
 
-from tests.harness.gunicorn import DEADLINE, ROOT
+from tests.harness.gunicorn import DEADLINE, ROOT, Gunicorn
 
 DEAF = "deaf"
 
 
 class StreamClients:
-    """Such a process. A context manager, which kills it."""
+    """Such a process, as `stream_clients` starts it."""
 
     def __init__(self, port: int, cookies: Iterable[str], *, deaf: bool = False) -> None:
         arguments = [str(port), *([DEAF] if deaf else []), *cookies]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.harness.stream_clients", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-        )
+        self._command = [sys.executable, "-m", "tests.harness.stream_clients", *arguments]
 
     def __enter__(self) -> Self:
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != b"ready\n":
-            self.kill()
-            raise AssertionError("not all clients have got a stream")
+        with ExitStack() as opened:
+            self._errors = opened.enter_context(TemporaryFile())
+            self._process = opened.enter_context(
+                subprocess.Popen(
+                    self._command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self._errors
+                )
+            )
+            opened.callback(self.kill)  # first of all
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def wait(self) -> None:
+        """Return when all have their streams. Raises `AssertionError` with the process's errors."""
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() == b"ready\n":
+            return
         self.kill()
+        self._errors.seek(0)
+        errors = self._errors.read().decode(errors="replace")
+        raise AssertionError(f"not all clients have got a stream. Their errors:\n{errors}")
 
     def kill(self) -> None:
         """End it with SIGKILL: it says no goodbye, the system closes its sockets."""
         self._process.kill()
         self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+
+
+@contextmanager
+def stream_clients(
+    server: Gunicorn, *groups: Iterable[str], deaf: bool = False
+) -> Iterator[list[StreamClients]]:
+    """A process for the cookies of each group. They start in parallel, and all have their streams.
+
+    None is left at the end, also not of those that started beside one that failed.
+    """
+    with ExitStack() as opened:
+        clients = [
+            opened.enter_context(StreamClients(server.port, group, deaf=deaf)) for group in groups
+        ]
+        try:
+            for each in clients:
+                each.wait()
+        except AssertionError as error:
+            raise AssertionError(
+                f"{error}\nThe end of the server's log:\n{server.log[-4000:]}"
+            ) from None
+        yield clients
 
 
 def open_stream(
@@ -88,9 +120,9 @@ class Page:
         self._last = ""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> Self:
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from tests.harness.apps import until
 from tests.harness.gunicorn import DEADLINE, Gunicorn, in_parallel
 from tests.harness.servers import MongoServer, RedisServer, Server
-from tests.harness.stream_clients import Page, StreamClients
+from tests.harness.stream_clients import Page, stream_clients
 from tests.harness.uwsgi import Uwsgi
 
 STREAMING = ["gthread", "gevent"]
@@ -72,6 +74,26 @@ def figures(server: Gunicorn) -> dict[str, Any]:
     return server.get("/figures").body
 
 
+@pytest.mark.long
+def test_clients_that_fail_say_why_and_leave_no_process() -> None:
+    """A process that is left would fail a later test of the same worker, which is innocent."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        server: Any = SimpleNamespace(port=closed.getsockname()[1], log="said by the server")
+    with (
+        pytest.raises(AssertionError, match=r"(?s)ConnectionRefused.*said by the server"),
+        stream_clients(server, ["one"], ["two"]),
+    ):
+        pass
+    assert children() == []
+
+
+def children() -> list[str]:
+    """The command lines of the stream clients that this process runs, or hasn't waited for."""
+    (pids,) = Path("/proc/self/task").glob(f"{os.getpid()}/children")
+    lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids.read_text().split()]
+    return [line for line in lines if "stream_clients" in line or not line]
+
+
 def none_left(server: Gunicorn) -> bool:
     now = figures(server)
     return not now["streams"] and not now["watches"]
@@ -88,10 +110,7 @@ def test_streams_of_killed_clients_end(
         quarters = [cookies[start::4] for start in range(4)]
         files, after = figures(server)["files"], []
         for in_turn in (False, False, True):
-            with ExitStack() as opened:
-                clients = [StreamClients(server.port, quarter) for quarter in quarters]
-                for each in clients:
-                    opened.enter_context(each)
+            with stream_clients(server, *quarters) as clients:
                 assert figures(server)["streams"] == STREAMS
                 for number, each in enumerate(clients, start=1):
                     each.kill()
@@ -192,7 +211,7 @@ def test_a_flood_of_messages_beside_clients_that_read_nothing(
         for _ in range(20):
             server.post("/publish/ada/0")
         with ExitStack() as opened:
-            opened.enter_context(StreamClients(server.port, [cookie] * 3, deaf=True))
+            opened.enter_context(stream_clients(server, [cookie] * 3, deaf=True))
             pages = [opened.enter_context(Page(server.port, cookie)) for _ in range(5)]
             until(lambda: all(page.state for page in pages))
             assert figures(server)["streams"] == 8
@@ -251,9 +270,7 @@ def test_attacks_on_the_stream(
             assert ask(port, f"{method} /live/stream", own + length) == status
         until(lambda: none_left(server))
         if streams:
-            with ExitStack() as opened:
-                for _ in range(ALLOWED):
-                    opened.enter_context(StreamClients(port, [cookie]))
+            with stream_clients(server, *[[cookie]] * ALLOWED):
                 for _ in range(20):
                     assert ask(port, path, own) == 429
                 assert figures(server)["streams"] == ALLOWED
