@@ -78,6 +78,11 @@ def proven(changes: Changes, key: str = "k") -> Feed:
     return until(exact, "a feed that proves something")
 
 
+def listeners() -> set[threading.Thread]:
+    """The threads that listen for changes."""
+    return {each for each in threading.enumerate() if each.name == "gsession-listener"}
+
+
 def stored(store: Store) -> Record:
     record = a_record(time.time)
     store.create(record)
@@ -218,25 +223,26 @@ def test_a_missing_permission_is_named(
 
 
 def test_close_ends_the_thread_and_use_begins_again(redis_url: str, listens: Listens) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())  # of earlier tests, which may end
     store, changes, _ = listens(redis_url)
     proven(changes)
+    assert listeners() - before
     store.close()
-    until(lambda: threading.active_count() == before, "the end of the thread")
+    until(lambda: not listeners() - before, "the end of the thread")
     proven(changes)
     store.close()
 
 
 def test_the_last_to_leave_ends_the_thread(redis_url: str, listens: Listens) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     _, changes, heard = listens(redis_url)
     other = Heard()
     changes.subscribe(other)
     proven(changes)
     changes.unsubscribe(heard)
-    assert threading.active_count() > before
+    assert listeners() - before
     changes.unsubscribe(other)
-    until(lambda: threading.active_count() == before, "the end of the thread")
+    until(lambda: not listeners() - before, "the end of the thread")
     assert changes.feed("k") is None
 
 
