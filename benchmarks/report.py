@@ -26,7 +26,7 @@ FORMAT = 1
 
 @dataclass
 class Results:
-    """Everything one run found out."""
+    """All results of one run."""
 
     effort: Effort
     environment: dict[str, str]
@@ -96,7 +96,7 @@ class Section:
 
 
 def markdown(results: Results) -> str:
-    """The tables, those that sum up before those with every figure."""
+    """The tables: summaries first, then every figure."""
     sections = results.sections()
     summary = [section for section in sections if not _is_detail(section)]
     details = [section for section in sections if _is_detail(section)]
@@ -123,12 +123,12 @@ _MATRIX_HEAD = (
 
 
 _NOTES = {
-    "redis": "Trips are commands sent per request; bytes are as the server counts them.",
-    "mongodb": "Trips are commands sent per request; bytes are as the server counts them. "
+    "redis": "Trips are commands sent per request; the server counts the bytes.",
+    "mongodb": "Trips are commands sent per request; the server counts the bytes. "
     "All write with w:majority.",
     "sqlite": "Trips are statements per request. Each extension has its own defaults: "
-    "Flask-Session's rollback journal is flushed to the disk at each commit, our write-ahead "
-    "log is not for a save.",
+    "Flask-Session's rollback journal is flushed to the disk at each commit; our write-ahead log "
+    "isn't flushed for a save.",
 }
 
 
@@ -153,8 +153,8 @@ def _overview_sections(cells: Iterable[Cell]) -> Iterable[Section]:
     ours = [cell for cell in cells if cell.candidate == OURS]
     sizes = list(dict.fromkeys(cell.size for cell in ours))
     for title, ratio in (
-        ("Overhead of Flask-GSession as a ratio of Flask-Session's", "to_flask_session"),
-        ("Overhead of Flask-GSession as a ratio of the bare driver's", "to_floor"),
+        ("Overhead of Flask-GSession relative to Flask-Session", "to_flask_session"),
+        ("Overhead of Flask-GSession relative to the bare driver", "to_floor"),
     ):
         rows: dict[str, list[str]] = {}
         for cell in ours:
@@ -166,7 +166,8 @@ def _overview_sections(cells: Iterable[Cell]) -> Iterable[Section]:
                 title,
                 ("store, view", *sizes),
                 [(name, *figures) for name, figures in rows.items()],
-                "Overhead is what a request takes longer than the same request without a session. "
+                "Overhead is the extra time of a request, compared with the same request without "
+                "a session. "
                 "Median [quartiles] of the ratios of single rounds.",
             )
 
@@ -191,11 +192,11 @@ def _own_cpu_sections(rows: Sequence[OwnCpu]) -> Iterable[Section]:
             "Own time",
             ("1 KB session", "us"),
             [(f"{row.where}, {row.view}, {row.around}", _spread(row.us)) for row in rows],
-            "What a session takes beside the driver's calls: on the memory store, which has "
-            "none, and on the Redis store beyond what redis-py takes for the same commands, on "
-            "connections that answer at once. The session alone: opened, used by the view, "
-            "saved, over and over. In a whole request the same work takes longer, as Flask's "
-            "own code pushes it out of the processor's caches each time.",
+            "The time that a session takes without the driver's calls. The memory store has no "
+            "driver. On Redis, we subtract the time that redis-py takes for the same commands, on "
+            'connections that answer at once. "The session alone" opens the session, uses it in '
+            "the view and saves it, in a loop. In a whole request the same work takes longer, "
+            "because Flask's own code evicts ours from the processor's caches each time.",
         )
 
 
@@ -208,7 +209,8 @@ def _typed_sections(rows: Sequence[TypedCost]) -> Iterable[Section]:
                 (row.operation, _spread(row.us), f"{_spread(row.ratio)} of {row.per}")
                 for row in rows
             ],
-            "What a typed key adds to a plain one, beside what marshmallow adds in its place.",
+            "The time that a typed key adds to a plain one, and its ratio to marshmallow's own "
+            "time for the same value.",
         )
 
 
@@ -218,8 +220,8 @@ def _counting_sections(rows: Sequence[CountingCost]) -> Iterable[Section]:
             "Metrics",
             ("operation", "figures for", "us added"),
             [(row.operation, row.mode, _spread(row.us)) for row in rows],
-            "What the metrics for Prometheus add. With several workers the figures are in files, "
-            "so each page shows the figures of all workers.",
+            "The time that the Prometheus metrics add to each operation. Several workers share "
+            "their figures through files, so any worker's page shows the totals.",
         )
 
 
@@ -237,7 +239,8 @@ def _large_sections(rows: Sequence[LargeCost]) -> Iterable[Section]:
                 )
                 for row in rows
             ],
-            "A whole request that reads a small key of a session that also holds so much.",
+            "The time of a whole request that reads a small key, in a session that also holds 1 "
+            "KB or 10 MB.",
         )
 
 
@@ -256,8 +259,9 @@ def _sharing_sections(rows: Sequence[SharingCost]) -> Iterable[Section]:
                 )
                 for row in rows
             ],
-            "The bare call carries the same bytes, to a server in the same process as ours. A "
-            "verify and a read are what they take beyond a view that answers the same without.",
+            "The bare call carries the same bytes, to a server in the same process as ours. The "
+            "times of a verify and a read are without the time of a view that gives the same "
+            "answer without a session.",
         )
 
 
@@ -276,8 +280,8 @@ def _near_sections(rows: Sequence[NearCost]) -> Iterable[Section]:
                 )
                 for row in rows
             ],
-            "What a read adds to the same view without a session. A read from the near cache costs "
-            "no round trip.",
+            "The time that a read adds to a view without a session. A read from the near cache "
+            "costs no round trip.",
         )
 
 
@@ -296,8 +300,9 @@ def _user_sections(rows: Sequence[UserCost]) -> Iterable[Section]:
                 )
                 for row in rows
             ],
-            "Sessions that are bound to a user, on Redis; a read and a write on the memory store. "
-            "The usual list is read, edited and written back at each sign-in.",
+            "Sessions that are bound to a user: on Redis, except that the read and the write use "
+            'the memory store. For comparison, "a list in the store" reads, edits and writes back '
+            "a list at each sign-in.",
         )
 
 
@@ -316,8 +321,8 @@ def _journal_sections(rows: Sequence[JournalCost]) -> Iterable[Section]:
                 )
                 for row in rows
             ],
-            "A whole request that creates, saves or ends a session, with SESSION_JOURNAL off and "
-            "on.",
+            "The time of a whole request that creates, saves or ends a session, with "
+            "SESSION_JOURNAL off and on.",
         )
 
 
@@ -358,8 +363,8 @@ def _target_sections(targets: Sequence[Target]) -> Iterable[Section]:
                 )
                 for target in targets
             ],
-            f"{sum(target.met for target in targets)} of {len(targets)} met. A ratio is met when "
-            "its median is within the limit at every payload, and for writes in both views that "
+            f"{sum(target.met for target in targets)} of {len(targets)} met. A ratio is met if "
+            "its median is within the limit for every payload, and for writes in both views that "
             "write.",
         )
 
