@@ -94,8 +94,8 @@ def require_fresh(
 def next_url(default: str = "/") -> str:
     """The URL to continue with after a sign-in or a confirmation: the request's ``next``.
 
-    Returns ``default`` if there is none, or if it leads away from this site: anybody can link to
-    your page with any ``next``.
+    Returns ``default`` if the request has no ``next``, or one that leads to another site.
+    Otherwise, a link to your page could send your users to an attacker's site.
     """
     wanted = request.values.get("next", "")
     return wanted if _is_own(wanted) else default
