@@ -85,7 +85,7 @@ def lines(make_site: SiteMaker, tmp_path: Path) -> Iterator[Lines]:
 @pytest.mark.parametrize("store_url", STORES, indirect=True)
 @pytest.mark.parametrize("first", long(["a", "b"], ["b"]))
 def test_two_nodes_and_the_centre_write_and_end_the_same_sessions(lines: Lines, first: str) -> None:
-    """Their clocks differ by six minutes. An end anywhere wins, in whatever order they return."""
+    """Their clocks differ by six minutes. A logout anywhere wins, in whatever order they return."""
     centre = lines.network.centre
     a, b = lines.edge("a", ahead=180), lines.edge("b", ahead=-180)
     kept, out, revoked = (centre.visitor() for _ in range(3))
