@@ -32,6 +32,7 @@ from tests.harness.forking import DEADLINE, Child, Site, make_site, post
 fork_in_c = ctypes.PyDLL(None).fork
 EACH = 15
 QUIET = 0.02  # seconds in which no other thread runs, before a fork
+STATUS = ("State:", "voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:")
 
 
 def fork() -> int:
@@ -45,20 +46,25 @@ def fork() -> int:
     sys.setswitchinterval(DEADLINE)  # nobody asks
     try:
         runs = None
-        while runs != (runs := runs_of_others()):
+        while runs != (runs := runs_of_others()) or "R (running)" in str(runs):
             time.sleep(QUIET)
         return int(fork_in_c())
     finally:
         sys.setswitchinterval(interval)
 
 
-def runs_of_others() -> dict[str, str]:
-    """How often each other thread was put to sleep."""
-    return {
-        task.name: (task / "status").read_text().partition("ctxt_switches:")[2]
-        for task in Path("/proc/self/task").iterdir()
-        if int(task.name) != threading.get_native_id()
-    }
+def runs_of_others() -> dict[str, list[str]]:
+    """The state of each other thread, and how often it was put to sleep.
+
+    On a busy machine, a thread that could run has the state "R" for long, and doesn't get a turn.
+    """
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        if int(task.name) != threading.get_native_id():
+            with suppress(OSError):  # it has just ended
+                lines = (task / "status").read_text().splitlines()
+                found[task.name] = [line for line in lines if line.startswith(STATUS)]
+    return found
 
 
 class CChild(Child):
@@ -255,7 +261,9 @@ def metrics(url: str, folder: Path) -> Any:
     for _ in range(EACH):
         site.log_in("alice")
     site.ext.close(site.app)
-    threads = CChild(child).result()
+    with gathering._lock:  # the thread that writes could hold a lock of prometheus_client
+        forked = CChild(child)
+    threads = forked.result()
     gathering.flush()
     page = CollectorRegistry()
     MultiProcessCollector(page)  # type: ignore[no-untyped-call]
@@ -308,10 +316,12 @@ def live(url: str, _: Path) -> Any:
         with site.app.app_context():
             handle = session_key(cookie.partition(".")[0])
             watches.append(site.ext.live.watch(handle))
-            site.ext.live.hints().heartbeat = DEADLINE
+            hints = site.ext.live.hints()
+            hints.heartbeat = DEADLINE
             state = watches[-1].state
             until = time.monotonic() + DEADLINE
-            time.sleep(0.3)  # the listener connects
+            while not hints._is_reported(watches[-1]) and time.monotonic() < until:
+                time.sleep(0.01)  # the listener connects
             post(site.client(cookie), "/count")
             while watches[-1].state == state and time.monotonic() < until:
                 time.sleep(0.01)
