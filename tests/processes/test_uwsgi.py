@@ -13,6 +13,7 @@ from tests.harness.marks import long
 from tests.harness.uwsgi import Uwsgi
 
 WORKERS = 2
+MOST_ROUNDS = 20
 STORES = ["sqlite", "redis", "mongodb"]
 
 
@@ -79,13 +80,17 @@ def test_workers_share_sessions_and_no_connection(server: Uwsgi) -> None:
             assert found.body["user"] == f"visitor-{thread}"
         return answers
 
-    answers = list(chain(*in_parallel(*(lambda t=t: work(t) for t in range(THREADS)))))
+    answers: list[Answer] = []
+    rounds = 0
+    while len({answer.worker for answer in answers}) < 2 and rounds < MOST_ROUNDS:
+        rounds += 1  # on a busy machine, one worker may have done all before the other woke up
+        answers += chain(*in_parallel(*(lambda t=t: work(t) for t in range(THREADS))))
     users = {answer.body["user"] for answer in answers if "user" in answer.body}
     assert users == {"early"}
     assert server.get("/all", shared).body == {
         "user": "shared",
-        "count": THREADS * each,
-        "locked": THREADS * each,
+        "count": rounds * THREADS * each,
+        "locked": rounds * THREADS * each,
     }
     assert len({answer.worker for answer in answers}) > 1
     listen(server, shared)
