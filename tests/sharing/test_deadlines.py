@@ -24,6 +24,7 @@ from tests.harness.topologies import TCPProxy
 
 BUDGET = 0.4  # seconds of the caller; the far store's is PATIENCE
 BOUND = 5 * BUDGET  # on a busy machine
+TRIES = 25  # there, a caller may also notice its own deadline before it gets the server's answer
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def test_the_far_store_ends_before_its_caller(
                         hurried.save(changed, record.version)
                     reasons.append(str(caught.value))
 
-                for _ in range(5):  # on a busy machine, the answer may come too late
+                for _ in range(TRIES):
                     within(BOUND, fail)
                     hurried.channel._unsettled.clear()  # of no interest here
                     if f"Save: {name}: " in reasons[-1]:
@@ -89,8 +90,12 @@ def test_the_far_store_ends_before_its_caller(
 def test_a_chain_of_servers_passes_the_deadline_on(store_prefix: str) -> None:
     release = threading.Event()
     far = HookedStore(open_store("memory://", StoreOptions())[0])
-    for _ in range(3):
-        far.before("load", lambda: release.wait(PATIENCE))
+
+    def hang() -> None:
+        far.before("load", hang)
+        release.wait(PATIENCE)
+
+    far.before("load", hang)
     with serving(StoreService(far)) as last:
         between = open_store(f"grpc://{last}", StoreOptions(timeout=PATIENCE))[0]
         with serving(StoreService(between), threads=1) as first:
@@ -101,8 +106,9 @@ def test_a_chain_of_servers_passes_the_deadline_on(store_prefix: str) -> None:
                     store.load("x" * 43)
                 return str(caught.value)
 
-            # Now and then, our own deadline is noticed before the first server's answer.
-            errors = [within(BOUND, fail) for _ in range(3)]
+            errors = [within(BOUND, fail) for _ in range(3)]  # the only thread is free again
+            while len(errors) < TRIES and not any(first in e and last in e for e in errors):
+                errors.append(within(BOUND, fail))
             assert any(first in error and last in error for error in errors), errors
             release.set()
             store.close()
@@ -111,10 +117,10 @@ def test_a_chain_of_servers_passes_the_deadline_on(store_prefix: str) -> None:
 
 def test_the_shorter_time_counts() -> None:
     assert time_left(5.0) == 5.0
-    with ending_by(time.monotonic() + 1.0):
-        assert 0.5 < time_left(5.0) <= 1.0
+    with ending_by(time.monotonic() + 1000.0):
+        assert 500.0 < time_left(5000.0) <= 1000.0
         assert time_left(0.1) == 0.1
-        assert deadline(5.0) <= time.monotonic() + 1.0
+        assert deadline(5000.0) <= time.monotonic() + 1000.0
         with ending_by(time.monotonic() - 1.0):
             assert time_left(5.0) == 0.0
     assert time_left(5.0) == 5.0
