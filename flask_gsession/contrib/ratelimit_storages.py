@@ -276,7 +276,7 @@ class _MongoDBCounts(MongoDBStorageBase):
         return acquire(key, limit, expiry, amount) or acquire(key, limit, expiry, amount)
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        """The start of a moving window, and what is in it."""
+        """The start of a moving window, and its number of hits."""
         start, count = super().get_moving_window(key, limit, expiry)
         return (time.time() if start is None else start), count  # None: all entries have expired
 

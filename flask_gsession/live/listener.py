@@ -121,7 +121,7 @@ class Listener(Changes):
 
     @property
     def trouble(self) -> str:
-        """Why no changes arrive at present, as it was logged; "" if they do."""
+        """The logged reason why no changes arrive; "" while they arrive."""
         return self._said
 
     def subscribe(self, subscriber: Subscriber, interval: float | None = None) -> None:

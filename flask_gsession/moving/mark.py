@@ -1,4 +1,4 @@
-"""The mark of a take-over: which old session became which new one. It outlives both.
+"""The mark of an import, which maps an old session to its new one. It outlives both.
 
 It is a separate record instead of a pointer, since a delete follows pointers and removes them. Its
 key is derived from the old record's name. It holds the new session's key and a nonce. The token is

@@ -38,7 +38,7 @@ def open_imports(
     options: StoreOptions,
     before: SessionInterface,
 ) -> Takeover:
-    """The take-over of old sessions into ``store``, which was opened from ``source``.
+    """The import of old sessions into ``store``, which was opened from ``source``.
 
     ``before``: the application's previous session interface. Doesn't connect. Raises
     ``SettingError``.

@@ -1,4 +1,4 @@
-"""Records other than sessions, such as the mark of a take-over. Nothing here calls the store."""
+"""Records other than sessions, such as the mark of an import. Nothing here calls the store."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Lifecycle(Struct, eq=False):
     behind: Behind | None = None
     #: the user whose values this session's values have joined, and the join, until it is closed
     joined: tuple[str, Join] | None = None
-    #: the mark of a take-over by a cookie that several visitors may share
+    #: the mark of an import by a cookie that several visitors may share
     mark: Record | None = None
     #: the key of the session that an old cookie led to
     imported: str | None = None

@@ -161,7 +161,7 @@ def _checked_label(label: object) -> str:
 def _checked_tags(tags: Any) -> tuple[str, ...]:
     if tags is None:
         return ()
-    allowed = f"tags must be at most {_MOST_TAGS} texts of at most {_LONGEST_LABEL} characters"
+    allowed = f"tags must be at most {_MOST_TAGS} strings of at most {_LONGEST_LABEL} characters"
     if not isinstance(tags, (list, tuple, set, frozenset)) or len(tags) > _MOST_TAGS:
         raise ValueError(allowed)
     for tag in tags:

@@ -431,10 +431,10 @@ class SessionData(SessionMixin):
         this user already, this is a fresh sign-in of the same device, which keeps its id and label.
         If it is bound to another user, it leaves that user's list.
 
-        ``user_id``: 1 to 256 characters, or an int, which counts as its text. ``label``: a name for
-        the device in the user's list, at most 100 characters; by default "Firefox on Windows" and
-        such, from the user agent. ``tags``: at most 10 texts of at most 100 characters. Raises
-        ``ValueError`` for other arguments.
+        ``user_id``: 1 to 256 characters, or an int, which becomes a string. ``label``: a name for
+        the device in the user's list, at most 100 characters; by default one from the user
+        agent, such as "Firefox on Windows". ``tags``: at most 10 strings of at most 100 characters.
+        Raises ``ValueError`` for other arguments.
 
         Raises ``SignInRefused`` (401) if the user's sessions were revoked since the request began,
         or since ``ext.users.login``, and ``TooManySessions`` (409) if ``SESSION_MAX_POLICY`` is

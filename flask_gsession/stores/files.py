@@ -10,8 +10,8 @@
 Files don't expire, so each blob has an entry in the session store, which does. ``tidy`` removes
 files whose entry has expired, and leaves files of other prefixes alone.
 
-In a local folder, only the owner can read what is created (0700 and 0600), whatever the rights of
-the folder itself.
+In a local folder, only the owner can read the files and folders that we create (0600 and 0700),
+whatever the permissions of the folder itself.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ class Changes(Protocol):
 
     @property
     def trouble(self) -> str:
-        """Why no changes arrive at present, as it was logged; "" if they do."""
+        """The logged reason why no changes arrive; "" while they arrive."""
 
     @property
     def one_feed(self) -> bool:

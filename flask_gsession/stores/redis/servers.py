@@ -79,7 +79,7 @@ def connections_of(url: str, timeout: float) -> tuple[type, dict[str, Any]]:
 
 
 def connections_like(pool: Any, timeout: float) -> Callable[..., Any]:
-    """A function that makes connections like those of a client's pool, with our own timeouts."""
+    """A function that makes connections as a client's pool does, but with our own timeouts."""
     settings = {
         name: value
         for name, value in pool.connection_kwargs.items()
