@@ -227,7 +227,7 @@ def test_a_channel_in_which_grpc_is_stuck_is_replaced(
 ) -> None:
     monkeypatch.setattr(channel, "_OVERDUE", 0.01)
     store, leave = reach(command.url, 0.1), threading.Event()
-    store.channel._calls["Load"] = lambda *_, **__: leave.wait(PATIENCE)
+    store.channel._connect().calls["Load"] = lambda *_, **__: leave.wait(PATIENCE)
     with pytest.raises(StoreUnavailable, match="stuck"):
         store.load("x" * 43)
     store.channel.timeout = PATIENCE

@@ -61,7 +61,7 @@ class RemoteSource:
         self._met_at = moment
         self._strangers += 1
         if self._strangers > 1:  # the first one may be due to a new connection
-            self._open_at = moment + min(_LONGEST_PAUSE, 0.5 * 2**self._strangers)
+            self._open_at = moment + min(_LONGEST_PAUSE, 0.5 * 2 ** min(self._strangers, 10))
         self._stream = None
         self.moved()
 

@@ -6,7 +6,9 @@ import os
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import grpc
@@ -34,6 +36,33 @@ _KEEPALIVE = 10  # seconds
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
+class _Connected:
+    """A channel of gRPC, the calls that were made over it, and the function that closes it."""
+
+    __slots__ = ("_channel", "calls", "close")
+
+    def __init__(self, channel: Any, close: weakref.finalize[..., object]) -> None:
+        self._channel = channel
+        self.close = close
+        self.calls: dict[str, Callable[..., Any]] = {}
+
+    def prepare(self, name: str) -> Callable[..., Any]:
+        """The function that makes the call ``name``."""
+        method = _METHODS[name]
+        send: Callable[..., Any]
+        if method.streams:
+            send = self._channel.stream_stream(
+                method.path,
+                request_serializer=method.request.SerializeToString,
+                response_deserializer=method.reply.FromString,
+            )
+        else:
+            # Use bytes: gRPC would mistake an exception from outside for an encoding error.
+            send = self._channel.unary_unary(method.path)
+        self.calls[name] = send
+        return send
+
+
 class Channel:
     """Calls the server at ``address``. A call and its repeats take at most ``timeout`` seconds."""
 
@@ -42,33 +71,28 @@ class Channel:
         self.timeout = timeout
         token = address.token
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._calls: dict[str, Callable[..., Any]] = {}
         #: by session key: the versions of writes that may still be on their way
         self._unsettled: dict[str, set[int]] = {}
-        self._noting = threading.RLock()  # a signal handler may call the store, too
-        self._channel: Any = None
-        self._close: Any = None
+        self._noting = threading.RLock()
+        self._connected: _Connected | None = None  # other threads replace it at any time
         self._inherited: list[object] = []
         self._dropped: list[tuple[float, Any]] = []  # when, and the function that closes it
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may call the store, too
         self._shield = Shield()
         process.register(self._begin)
 
     def _begin(self) -> None:
         """In a forked process: leave the channel of the parent alone, and open another."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._noting = threading.RLock()
         self._shield = Shield()
-        self._calls = {}
-        for close in (self._close, *(dropped for _, dropped in self._dropped)):
-            if close is not None:
-                self._inherited.append(close.detach())
-        self._close, self._dropped = None, []
-        if self._channel is not None:
-            self._inherited.append(
-                self._channel
-            )  # never garbage-collected: that would need gRPC's threads
-            self._channel = None
+        connected, self._connected = self._connected, None
+        dropped, self._dropped = [close for _, close in self._dropped], []
+        if connected is not None:
+            # Never garbage-collected: that would need gRPC's threads.
+            self._inherited.append(connected)
+            dropped.append(connected.close)
+        self._inherited += [close.detach() for close in dropped]
 
     def call(self, name: str, request: Any, seconds: float = 0.0) -> Any:
         """The reply to ``request``, after at most ``seconds`` more than the time budget.
@@ -136,17 +160,27 @@ class Channel:
 
     def _drop(self) -> None:
         """Use a new channel from now on, since an exception may have broken this one."""
-        close = self._close
-        self._close, self._channel, self._calls = None, None, {}
-        if close is not None:
-            self._dropped.append((time.monotonic(), close))
+        connected = self._take_connected()
+        if connected is not None:
+            self._dropped.append((time.monotonic(), connected.close))
         self._close_dropped(2 * self.timeout + _LONGEST_WAIT)
 
     def _close_dropped(self, seconds: float) -> None:
         """Close dropped channels that no thread can still be using."""
         now = time.monotonic()
-        while self._dropped and now - self._dropped[0][0] >= seconds:
-            self._dropped.pop(0)[1]()
+        for dropped in list(self._dropped):
+            when, close = dropped
+            if now - when < seconds:
+                return
+            with suppress(ValueError):  # another thread was faster
+                self._dropped.remove(dropped)
+            close()  # once: the second time has no effect
+
+    def _take_connected(self) -> _Connected | None:
+        """The current channel. The next call opens another one."""
+        with self._lock:
+            connected, self._connected = self._connected, None
+        return connected
 
     def write(self, name: str, request: Any, version: int, *keys: str) -> Any:
         """The reply to a write of ``version`` under these keys.
@@ -205,37 +239,32 @@ class Channel:
     def _send(
         self, name: str, request: Any, seconds: float | None, wait_for_ready: bool = False
     ) -> Any:
-        send = self._calls.get(name) or self._connect(name)
-        try:
-            return send(
-                request, timeout=seconds, metadata=self._metadata, wait_for_ready=wait_for_ready
-            )
-        except grpc.RpcError as error:
-            raise error.with_traceback(None) from None  # release the call before a fork continues
+        while True:
+            connected = self._connected or self._connect()
+            send = connected.calls.get(name) or connected.prepare(name)
+            try:
+                return send(
+                    request, timeout=seconds, metadata=self._metadata, wait_for_ready=wait_for_ready
+                )
+            except grpc.RpcError as error:
+                # Release the call before a fork continues.
+                raise error.with_traceback(None) from None
+            except ValueError:  # gRPC's error for a closed channel, before it sends anything
+                if connected is self._connected:
+                    raise
+            # Another thread closed the channel just before: use the next one.
 
-    def _connect(self, name: str) -> Callable[..., Any]:
+    def _connect(self) -> _Connected:
         with self._lock:
-            if self._channel is None:
+            if self._connected is None:
                 if self._inherited and _forks_unsupported():
                     raise StoreUnavailable(
                         "grpc: this process was forked after its parent had used gRPC, and "
                         "GRPC_ENABLE_FORK_SUPPORT is turned off: remove that variable"
                     )
-                self._channel = self._open()
-                self._close = closing(self, self._channel.close)
-            method = _METHODS[name]
-            send: Callable[..., Any]
-            if method.streams:
-                send = self._channel.stream_stream(
-                    method.path,
-                    request_serializer=method.request.SerializeToString,
-                    response_deserializer=method.reply.FromString,
-                )
-            else:
-                # Use bytes: gRPC would mistake an exception from outside for an encoding error.
-                send = self._channel.unary_unary(method.path)
-            self._calls[name] = send
-            return send
+                channel = self._open()
+                self._connected = _Connected(channel, closing(self, channel.close))
+            return self._connected
 
     def _open(self) -> Any:
         _prepare_for_gevent()
@@ -297,10 +326,9 @@ class Channel:
 
     def _close_all(self) -> None:
         self._close_dropped(0.0)
-        if self._close is not None:
-            close, self._close = self._close, None
-            self._channel, self._calls = None, {}
-            close()
+        connected = self._take_connected()
+        if connected is not None:
+            connected.close()
 
 
 _OTHER_VERSION = (

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from threading import get_ident
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+from ...errors import StoreUnavailable
 from ...processes import at_fork
 
 T = TypeVar("T")
@@ -61,8 +63,11 @@ class ForkGuard:
 
     def before_fork(self) -> None:
         self.forking = True
-        for stream in list(self.streams.values()):
-            stream.end_before_fork()
+        for each in self.streams.valuerefs():  # a copy, since other threads add and remove
+            stream = each()
+            if stream is not None:
+                with suppress(StoreUnavailable):  # the others still have to end
+                    stream.end_before_fork()
         own, over = get_ident(), time.monotonic() + _LONGEST_WAIT
         while self.calls.keys() - {own} and time.monotonic() < over:
             time.sleep(_PAUSE)

@@ -1,0 +1,47 @@
+"""Lets another thread act between two steps of a function, at the same step every time."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def before_line(
+    function: Callable[..., Any], text: str, act: Callable[[], object]
+) -> Iterator[None]:
+    """Run ``act`` in another thread, once, before ``function`` runs its line with ``text``.
+
+    Only in this thread, and in threads that start within the block.
+    """
+    lines, first = inspect.getsourcelines(function)
+    numbers = {first + at for at, line in enumerate(lines) if text in line}
+    assert len(numbers) == 1, f"{len(numbers)} lines with {text!r}"
+    code, acted = function.__code__, threading.Event()
+    other = threading.Thread(target=act)
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is not code:
+            return None
+        if event == "line" and frame.f_lineno in numbers and not acted.is_set():
+            acted.set()
+            other.start()
+            other.join(0.2)  # unless it waits for a lock that this thread holds
+        return trace
+
+    before = sys.gettrace()
+    threading.settrace(trace)
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+        threading.settrace(before)  # type: ignore[arg-type]  # None is allowed
+    assert acted.is_set(), f"the line with {text!r} didn't run"
+    other.join(30)
+    assert not other.is_alive()

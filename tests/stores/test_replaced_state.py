@@ -1,0 +1,87 @@
+"""State that one thread replaces while another is between two steps of a call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Semaphore, Thread
+from typing import Any
+
+import grpc
+import pytest
+
+from flask_gsession.errors import CutOff, StoreUnavailable
+from flask_gsession.live.listener import Listener, now
+from flask_gsession.stores import StoreOptions, open_store
+from flask_gsession.stores.edge import worker
+from flask_gsession.stores.edge.link import Link
+from flask_gsession.stores.memory import MemoryStore
+from flask_gsession.stores.redis import wakeup
+from flask_gsession.stores.redis.pool import AllInUse, ConnectionPool
+from flask_gsession.stores.redis.servers import PrimaryPool
+from flask_gsession.stores.remote import forks
+from flask_gsession.stores.remote.address import Address
+from flask_gsession.stores.remote.changes import RemoteSource
+from flask_gsession.stores.remote.channel import Channel, _Connected
+from flask_gsession.stores.sqlite import file as sqlite
+from flask_gsession.stores.sqlite.store import SQLiteStore
+from flask_gsession.stores.wrappers.near_cache import KeptRecords
+from flask_gsession.testing import a_record
+from tests.harness.interleaving import before_line
+
+# gRPC ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def channel() -> Iterator[Channel]:
+    """To a server that isn't there."""
+    store: Any = open_store("grpc://127.0.0.1:1", StoreOptions(timeout=0.2))[0]
+    yield store.channel
+    store.close()
+
+
+def test_a_channel_that_is_closed_before_a_call_is_sent_is_replaced(channel: Channel) -> None:
+    """Without a server, the call fails like any other; it isn't refused by gRPC itself."""
+    with (
+        before_line(Channel._send, "return send(", channel._close_all),
+        pytest.raises(grpc.RpcError),
+    ):
+        channel._send("Load", b"", 0.2)
+
+
+def test_a_call_is_not_prepared_for_a_channel_that_another_thread_dropped(
+    channel: Channel,
+) -> None:
+    with (
+        before_line(_Connected.prepare, "method = _METHODS[name]", channel._drop),
+        pytest.raises(grpc.RpcError),
+    ):
+        channel._send("Load", b"", 0.2)
+    assert channel._connected is None or channel._connected.calls == {}
+    with pytest.raises(grpc.RpcError):
+        channel._send("Load", b"", 0.2)
+
+
+def test_dropped_channels_are_closed_by_two_threads(channel: Channel) -> None:
+    channel._dropped = [(0.0, lambda: None)]
+    with before_line(Channel._close_dropped, "._dropped.", lambda: channel._close_dropped(0.0)):
+        channel._close_dropped(0.0)
+    assert channel._dropped == []
+
+
+def test_a_stream_that_begins_or_fails_before_a_fork_keeps_no_other_open() -> None:
+    guard, ended = forks.ForkGuard(), []
+
+    class Stream:
+        def end_before_fork(self) -> None:
+            ended.append(self)
+            raise StoreUnavailable("gRPC is stuck")
+
+    streams = [Stream(), Stream()]
+    for stream in streams:
+        guard.add(stream)
+    guard.before_fork()
+    guard.after_fork()
+    assert ended == streams
