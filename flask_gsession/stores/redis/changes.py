@@ -62,7 +62,11 @@ class RedisSource:
         connection = self._make(protocol=2)
         changes = self._connect(connection, _PING)
         # Earlier connections may lead to a server that was replaced.
-        pool.follow(connection)
+        try:
+            pool.follow(connection)
+        except (OSError, AttributeError) as error:  # the connection is lost already
+            changes.close()
+            raise _unheard(error) from error
         return changes
 
     def _connect(self, connection: Any, beat: bytes) -> RedisChanges:

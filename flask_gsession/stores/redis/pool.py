@@ -284,6 +284,7 @@ class ConnectionPool:
 
     def _wait_until_closed(self, returned: _Returned, deadline: float) -> Slot | None:
         """The next idle slot, or None if another thread has closed the pool meanwhile."""
+        slots = self._slots  # of ``returned``, or of a pool that replaces it just now
         with returned:
             returned.waiting += 1
             try:
@@ -292,10 +293,10 @@ class ConnectionPool:
                         return self._idle.pop()
                     except IndexError:
                         pass
-                    for number, slot in enumerate(self._slots):
+                    for number, slot in enumerate(slots):
                         if slot() is None:
                             made = Slot(returned)
-                            self._slots[number] = ref(made)
+                            slots[number] = ref(made)
                             return made
                     left = deadline - monotonic()
                     if left <= 0:
@@ -307,9 +308,10 @@ class ConnectionPool:
 
     def give(self, slot: Slot) -> None:
         """Return the slot of a command that was answered."""
-        returned = slot.returned
+        returned, idle = slot.returned, self._idle
+        # ``idle`` was read before: if the pool is closed just now, it drops the slot.
         if returned is self._returned:
-            self._idle.append(slot)
+            idle.append(slot)
             if returned.waiting:
                 with returned:
                     returned.notify()

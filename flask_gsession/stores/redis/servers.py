@@ -225,7 +225,7 @@ class PrimaryPool(ConnectionPool):
                     found = self._find(now + (deadline - now) / 4)
                     if found != before:
                         self._pooled = found
-                        self.invalidate()
+                        self.close()  # lent connections, too, lead to the old primary
         return super().take(deadline)
 
     def look(self, deadline: float) -> None:

@@ -68,11 +68,12 @@ class WakeUps:
         """
         process.notice()
         listener = self._listener
-        if listener is not None and listener.ready.is_set():
-            waiter = self._expect(owner, seconds)
-            waiter.wait(seconds)
-            waiter.clear()
-            return True
+        if listener is not None:
+            waiter = self._expect(owner, seconds)  # first: a listener that ends wakes it
+            if listener.ready.is_set():
+                waiter.wait(seconds)
+                waiter.clear()
+                return True
         with self._lock:
             self._expect(owner, seconds)
             if self._listener is None:
