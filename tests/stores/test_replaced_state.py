@@ -117,6 +117,68 @@ def test_a_lock_is_not_waited_for_on_a_connection_that_just_ended(
     assert waited == []
 
 
+# SQLite -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SQLiteStore]:
+    store = SQLiteStore(tmp_path / "sessions.sqlite3", StoreOptions())
+    store.create(a_record(time.time))
+    yield store
+    store.close()
+
+
+def connections(store: SQLiteStore) -> int:
+    return len(store.file._pool) + len(store.file._watching)
+
+
+def test_connections_are_closed_while_a_call_takes_the_last(store: SQLiteStore) -> None:
+    file = store.file
+    file._give_back(file._open(), file._pool)
+    file._give_back(file._open(), file._pool)
+    with before_line(sqlite._close_all, "pool.pop()", lambda: sqlite._close_all(file._pool)):
+        store.close()
+    assert not file._pool
+
+
+def test_a_connection_to_a_replaced_file_does_not_stay_open(store: SQLiteStore) -> None:
+    file = store.file
+
+    def replace() -> None:
+        os.rename(file.path, f"{file.path}.old")
+        file._look_for_file()
+
+    db = file._open()
+    with before_line(type(file)._give_back, "pool.append(db)", replace):
+        file._give_back(db, file._pool)
+    assert db not in sqlite._opened.connections
+
+
+class Interrupt(BaseException):
+    """Raised by a signal handler."""
+
+
+def test_an_interrupt_while_the_file_is_replaced_loses_nothing(
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, record = store.file, a_record(time.time)
+    file._give_back(file._open(), file._pool)
+    os.rename(file.path, f"{file.path}.old")
+
+    def strike() -> None:
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "_start_pool", strike)
+        with pytest.raises(Interrupt):
+            file._look_for_file()
+    file._look_at = 0.0
+    store.create(record)
+    other = SQLiteStore(file.path, StoreOptions())
+    assert other.load(record.key) == record
+    other.close()
+
+
 # gRPC ---------------------------------------------------------------------------------------------
 
 

@@ -50,8 +50,12 @@ _File = tuple[int, int]  # device and inode
 
 
 def _close_all(pool: deque[_Connection]) -> None:
-    while pool:
-        pool.pop().close()
+    while True:
+        try:
+            connection = pool.pop()  # unless another thread was faster
+        except IndexError:
+            return
+        connection.close()
 
 
 _numbers = count()
@@ -229,7 +233,8 @@ class SQLiteFile:
         self._look_at = 0.0  # of time.monotonic
         self._warned_of_folder = False
         self._start_pool()
-        _opened.files.add(self)
+        with _opened.forking:  # a fork goes through the files
+            _opened.files.add(self)
 
     def data_version(self) -> tuple[int, int]:
         """Changes whenever another connection has written to the file.
@@ -313,11 +318,12 @@ class SQLiteFile:
         return answer
 
     def _give_back(self, db: _Connection, pool: deque[_Connection] | None) -> None:
-        is_current = pool is self._pool or pool is self._watching
-        if pool is not None and is_current and len(pool) < _KEEP_IDLE:
-            pool.append(db)
-        else:
+        if pool is None or len(pool) >= _KEEP_IDLE:
             db.close()
+            return
+        pool.append(db)
+        if pool is not self._pool and pool is not self._watching:  # it was replaced
+            _close_all(pool)
 
     def _start_pool(self) -> None:
         self._pool: deque[_Connection] = deque()
@@ -338,12 +344,12 @@ class SQLiteFile:
             reraise_interruption(error)
             return
         with _opened.lock:
-            pools, before = (self._pool, self._watching), self._file
-            self._file = file
-            if before not in (None, file):
+            if self._file not in (None, file):
+                pools = self._pool, self._watching
                 self._start_pool()
                 for pool in pools:
                     _close_all(pool)
+            self._file = file  # last, so that after an interrupt the next look does the rest
 
     def _open(self) -> _Connection:
         try:
