@@ -233,3 +233,55 @@ def test_a_stream_that_begins_or_fails_before_a_fork_keeps_no_other_open() -> No
     guard.before_fork()
     guard.after_fork()
     assert ended == streams
+
+
+# Memory and the near cache ------------------------------------------------------------------------
+
+
+def test_subscribers_that_come_at_the_same_time_are_all_kept() -> None:
+    store = MemoryStore()
+    first, second = KeptRecords(store, 1.0, 0), KeptRecords(store, 1.0, 0)
+    other = Thread(target=store.subscribe, args=(first,))
+
+    class Meanwhile(tuple[Any, ...]):
+        def __iter__(self) -> Iterator[Any]:
+            other.start()
+            other.join(0.2)  # unless it waits for a lock
+            return iter(())
+
+    store._subscribers = Meanwhile()
+    store.subscribe(second)
+    other.join(30)
+    assert {*store._subscribers} == {first, second}
+    store.close()
+
+
+class Listens:
+    """Stands in for a store's listener. Another thread acts ``meanwhile``, as one subscribes."""
+
+    def __init__(self) -> None:
+        self.subscribers: list[Any] = []
+        self.meanwhile = Thread()
+
+    def subscribe(self, subscriber: Any, interval: float | None = None) -> None:
+        if not self.meanwhile.ident:
+            self.meanwhile.start()
+            self.meanwhile.join(0.2)  # unless it waits for a lock
+        self.subscribers.append(subscriber)
+
+    def feed(self, key: str) -> Any:
+        return object() if self.subscribers else "missed"
+
+
+def test_the_near_cache_is_on_again_only_after_it_hears_changes() -> None:
+    """Another listener's feed proves nothing for a cache that isn't subscribed to it."""
+    changes: Any = Listens()
+    kept = KeptRecords(changes, 1.0, 1000)
+    changes.subscribers.clear()
+    kept._off_until = 0.0  # its pause is over
+    fed: list[Any] = []
+    changes.meanwhile = Thread(target=lambda: fed.append(kept.feed("k")))
+    kept.feed("k")
+    changes.meanwhile.join(30)
+    assert fed != ["missed"]
+    assert changes.subscribers == [kept]

@@ -285,10 +285,12 @@ class MemoryStore(Store):
             self._freed.wait_for(is_turn, seconds)
 
     def subscribe(self, subscriber: Subscriber, interval: float | None = None) -> None:
-        self._subscribers = (*self._subscribers, subscriber)
+        with self._lock:
+            self._subscribers = (*self._subscribers, subscriber)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
-        self._subscribers = tuple(each for each in self._subscribers if each is not subscriber)
+        with self._lock:
+            self._subscribers = tuple(each for each in self._subscribers if each is not subscriber)
 
     def feed(self, key: str) -> Feed | None:
         return None

@@ -136,10 +136,15 @@ class KeptRecords(Subscriber):
         if self._off_until != NEVER:
             if now() < self._off_until:
                 return None
-            self._off_until = NEVER
-            self._judged = (now(), self._heard, self.hits)
-            self._changes.subscribe(self, self._bound / 4)
+            self._resume()
         return self._changes.feed(key)
+
+    def _resume(self) -> None:
+        with self._lock:  # other threads notice the end of the pause, too
+            if self._off_until != NEVER:
+                self._judged = (now(), self._heard, self.hits)
+                self._changes.subscribe(self, self._bound / 4)
+                self._off_until = NEVER  # last: without a subscription, a feed proves nothing
 
     def mark(self, key: str) -> object:
         """Set a mark that stays until the record under ``key`` may have changed."""
