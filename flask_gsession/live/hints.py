@@ -193,7 +193,8 @@ class Hints:
         if thread is not None and thread is not threading.current_thread():
             thread.join(_TICK)
         with self._lock:
-            self._listen_to_store(False)
+            if self._thread is None:  # otherwise, there is a new watch
+                self._listen_to_store(False)
 
     def _end(self, watches: list[Watch]) -> None:
         """Close these watches, and notify their owners once more."""

@@ -335,7 +335,10 @@ class _Thread(threading.Thread):
                 if feed is not None:
                     listener.cut(self, feed)
                 if connection is not None:
-                    connection.close()
+                    try:
+                        connection.close()
+                    except Exception as error:  # this thread has to go on
+                        listener.failed(error)
             self._ended.wait(_PAUSES[min(failures, len(_PAUSES) - 1)])
             failures += 1
 

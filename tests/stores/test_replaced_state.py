@@ -285,3 +285,95 @@ def test_the_near_cache_is_on_again_only_after_it_hears_changes() -> None:
     changes.meanwhile.join(30)
     assert fed != ["missed"]
     assert changes.subscribers == [kept]
+
+
+# Threads that have to go on -----------------------------------------------------------------------
+
+
+def test_a_listener_goes_on_after_a_connection_fails_to_close() -> None:
+    opened = Semaphore(0)
+
+    class Fails:
+        unproven, one_feed, timeout = "", True, 1.0
+        moved = shifted = bool
+
+        def servers(self) -> tuple[str]:
+            return ("",)
+
+        def server_of(self, key: str) -> str:
+            return ""
+
+        def open(self, server: object) -> Fails:
+            opened.release()
+            return self
+
+        def beat(self) -> None:
+            raise StoreUnavailable("lost")
+
+        def shut(self) -> None:
+            pass
+
+        def close(self) -> None:
+            raise StoreUnavailable("gRPC is stuck")
+
+    source: Any = Fails()
+    listener, subscriber = Listener(source), KeptRecords(MemoryStore(), 1.0, 0)
+    listener.subscribe(subscriber)
+    listener.start()
+    assert opened.acquire(timeout=30)
+    assert opened.acquire(timeout=30)
+    listener.close()
+
+
+def test_an_edge_whose_thread_was_interrupted_at_its_start_starts_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def strike(_: Thread) -> None:
+        raise Interrupt
+
+    monkeypatch.setattr(worker, "is_at_work", lambda: True)
+    edge = worker.Worker(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.threading.Thread, "start", strike)
+        with pytest.raises(Interrupt):
+            edge.start(bool, bool, bool)
+    assert edge.lacks_thread
+
+
+def test_a_link_that_is_restored_during_a_call_still_gives_its_reason() -> None:
+    link = Link()
+    link.mark_cut(StoreUnavailable("lost"))
+    with (
+        before_line(Link.call, "raise CutOff(", link.mark_restored),
+        pytest.raises(CutOff, match="lost"),
+    ):
+        link.call("load", bool)
+
+
+def test_servers_that_keep_changing_never_overflow() -> None:
+    source: Any = RemoteSource(Channel(Address.of("grpc://127.0.0.1:1"), 1.0))
+    for _ in range(1100):
+        source._stream = type("Stream", (), {"number": 1})
+        source.answered_by(2, 1)
+    assert source._open_at <= now() + 60
+
+
+def test_calls_that_begin_while_the_mongodb_client_closes_use_the_next_one(
+    mongodb_url: str, store_prefix: str
+) -> None:
+    store: Any = open_store(mongodb_url, StoreOptions(store_prefix))[0]
+    record = a_record(time.time)
+    store.create(record)
+    driver, loaded = store.driver, []
+    close = driver._close_client
+
+    def slowly() -> None:
+        close()
+        loaded.append(store.load(record.key))
+
+    driver._close_client = slowly
+    store.close()
+    assert loaded == [record]
+    assert store.load(record.key) == record
+    assert driver._inherited == []
+    store.close()

@@ -46,8 +46,9 @@ class Link:
         """Make a call to the centre; raises ``CutOff`` without making it while the link is cut."""
         if self.why:
             process.notice()
-            if self.why:
-                raise CutOff(self.why)
+            why = self.why
+            if why:
+                raise CutOff(why)
         try:
             return method(*arguments)
         except LogoutUnconfirmed:

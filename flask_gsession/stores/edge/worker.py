@@ -62,6 +62,9 @@ class Worker:
                 self._thread.start()
             except RuntimeError:  # the system can't start a thread
                 self._thread = None
+            except BaseException:  # from a signal: the thread may start or not
+                self._thread = None
+                raise
 
     def wake(self) -> None:
         """Look now."""

@@ -265,9 +265,12 @@ class Driver:
             collection.database.command("collMod", collection.name, index=by_field)
 
     def close(self) -> None:
-        if self._close_client is not None and self.pid == os.getpid():
-            self._close_client()
-        self.pid = 0
+        if self.pid == os.getpid():
+            # Closing takes a while. Calls that begin meanwhile make a new client.
+            close, self._close_client = self._close_client, None
+            self.pid = 0
+            if close is not None:
+                close()
 
 
 def _close(client: _Client, seconds: float) -> None:
