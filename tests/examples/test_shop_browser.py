@@ -22,6 +22,7 @@ from playwright.sync_api import (
 
 import examples
 from examples.shop.accounts import DEMO_PASSWORD
+from tests.harness.apps import until
 from tests.harness.browser import PATIENCE, assert_accessible
 from tests.harness.servers import RedisServer
 
@@ -453,9 +454,18 @@ def test_open_pages_follow(
             page.goto("/product/KIT-101")
             return page
 
+        def in_line(page: Page, count: int) -> Page:
+            """The page, once so many tabs have asked to lead, so that their order is certain."""
+            asked = (
+                "navigator.locks.query().then(locks => locks.held.length + locks.pending.length)"
+            )
+            until(lambda: page.evaluate(asked) == count)
+            return page
+
         complaints: list[list[str]] = []
-        leader, follower = opened(context), opened(context)
-        buyer = opened(context)
+        leader = in_line(opened(context), 1)
+        follower = in_line(opened(context), 2)
+        buyer = in_line(opened(context), 3)
         buyer.get_by_role("button", name="Add to cart").click()
         for page in (leader, follower):
             expect(page.locator(".count")).to_have_text("1")
@@ -516,8 +526,9 @@ def test_an_outage(chromium: Browser, own_redis: RedisServer, tmp_path: Path) ->
         assert again.get_attribute("href") == "/cart"
         # The page listens for changes, and its failures may have opened the circuit for a moment.
         back = time.monotonic() + PATIENCE
-        again.click()
+        with page.expect_navigation():  # else the page before it could be read, and left
+            again.click()
         while heading.text_content() == "We will be right back" and time.monotonic() < back:
             page.wait_for_timeout(200)
-            again.click()
+            page.goto("/cart")
         expect(heading).not_to_have_text("We will be right back")
