@@ -29,7 +29,7 @@ from tests.harness.apps import PATIENCE, Site, until
 from tests.harness.gunicorn import Gunicorn
 from tests.harness.sharing import ROOT, ServeCommand, store_servers
 from tests.request.test_own_writes import test_real_signals_count_once as count_once
-from tests.stores.test_interrupts import TooLong, TooLongAsItIsUsual, handler
+from tests.stores.test_interrupts import TooLong, TooLongAsItIsUsual, handler, struck
 
 
 def reach(url: str, timeout: float = PATIENCE) -> Any:
@@ -106,13 +106,12 @@ def test_an_interrupted_call_ends_before_the_next_one_begins() -> None:
     leave = threading.Event()
 
     def slow() -> None:
+        os.kill(os.getpid(), signal.SIGALRM)
         leave.wait(PATIENCE)
         order.append("first")
 
-    with handler(TooLong):
-        signal.setitimer(signal.ITIMER_REAL, 0.02)
-        with pytest.raises(TooLong):
-            shielded.run(slow, PATIENCE)
+    with handler(TooLong), pytest.raises(TooLong):
+        shielded.run(slow, PATIENCE)
     threading.Timer(0.02, leave.set).start()
     shielded.run(lambda: order.append("second"), PATIENCE)
     assert order == ["first", "second"]
@@ -120,10 +119,13 @@ def test_an_interrupted_call_ends_before_the_next_one_begins() -> None:
 
 def test_an_interrupted_call_that_hangs_holds_nobody_up() -> None:
     shielded, leave = shield.Shield(), threading.Event()
-    with handler(TooLong):
-        signal.setitimer(signal.ITIMER_REAL, 0.02)
-        with pytest.raises(TooLong):
-            shielded.run(lambda: leave.wait(PATIENCE), PATIENCE)
+
+    def hang() -> None:
+        os.kill(os.getpid(), signal.SIGALRM)
+        leave.wait(PATIENCE)
+
+    with handler(TooLong), pytest.raises(TooLong):
+        shielded.run(hang, PATIENCE)
     assert shielded.run(lambda: 7, PATIENCE) == 7
     leave.set()
 
@@ -247,9 +249,8 @@ def test_a_deadline_by_signal_is_raised(kind: type[Exception], command: ServeCom
     with handler(kind) as raised:
         for call in (lambda: store.load(record.key), lambda: store.renew(record, 1)):
             command.signal(signal.SIGSTOP)
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
             with pytest.raises(kind) as caught:
-                call()
+                struck(call)
             command.signal(signal.SIGCONT)
             assert caught.value is raised[-1]
     assert store.load(record.key) == record
@@ -264,10 +265,8 @@ def test_a_fork_ends_an_interrupted_call(command: ServeCommand) -> None:
     record = a_record(time.time)
     store.create(record)
     command.signal(signal.SIGSTOP)
-    with handler(TooLong):
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with pytest.raises(TooLong):
-            store.load(record.key)
+    with handler(TooLong), pytest.raises(TooLong):
+        struck(lambda: store.load(record.key))
     assert forks.guard.calls
     child = os.fork()
     if not child:
