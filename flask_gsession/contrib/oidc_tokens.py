@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Collection, Mapping
@@ -26,6 +27,7 @@ except ImportError as error:
 
 from ..errors import GSessionError, SettingError
 from ..events import logger
+from ..processes import process
 from ..values.codec import is_valid_text
 
 #: The possible algorithms. None with a shared secret: an attacker could use the public key as one.
@@ -71,7 +73,8 @@ class ProviderKeys:
     def __init__(self, source: Keys) -> None:
         self._fetch: Callable[[], Mapping[str, Any]] | None = None
         self._keys: list[tuple[str | None, Any]] = []
-        # Assigned in one step each, so that threads and forks need no lock.
+        self._start()
+        process.register(self._start)
         self._fetched_at = self._tried_at = -_KEYS_AGE
         if isinstance(source, str):
             parts = urlsplit(source)
@@ -89,13 +92,25 @@ class ProviderKeys:
             except (JoseError, ValueError, TypeError) as error:
                 raise SettingError(f"keys is not a JWK set with public keys: {error}") from None
 
+    def _start(self) -> None:
+        self._fetching = threading.Lock()  # held during a fetch
+
     def candidates(self, kid: str | None) -> list[Any]:
         """The keys that may have signed a token. Raises ``KeysUnavailable``."""
-        if self._fetch is not None:
-            age = time.monotonic() - self._fetched_at
-            if age >= _KEYS_AGE or (age >= _FETCH_AGAIN and not self._named(kid)):
-                self._refresh(must=not self._keys)
+        process.notice()
+        # The fetch of another thread may bring the key.
+        if self._must_fetch(kid) and self._fetching.acquire(blocking=not self._named(kid)):
+            try:
+                if self._must_fetch(kid):
+                    self._refresh(must=not self._keys)
+            finally:
+                self._fetching.release()
         return self._named(kid)
+
+    def _must_fetch(self, kid: str | None) -> bool:
+        age = time.monotonic() - self._fetched_at
+        is_old = age >= _KEYS_AGE or (age >= _FETCH_AGAIN and not self._named(kid))
+        return is_old and self._fetch is not None
 
     def _named(self, kid: str | None) -> list[Any]:
         return [key for name, key in self._keys if kid is None or name in (None, kid)]

@@ -27,6 +27,7 @@ except ImportError as error:
 
 from ..errors import PassportRefused, SettingError, StoreUnavailable
 from ..extension import Session
+from ..processes import process
 from ..stores.base import Clock
 from .verify import Identity, Verifier
 
@@ -167,15 +168,21 @@ class PassportReader:
         self._leeway = leeway
         self._once = once
         self._clock = clock
-        self._lock = threading.Lock()
         self._seen: dict[str, int] = {}  # oldest first
         self._keys: KeySet | None = None
         self._fetched_at = -_FETCH_AGAIN
         if not callable(keys):
             self._keys = KeySet.import_key_set(dict(keys))  # type: ignore[arg-type]  # a JWK set
+        self._start()
+        process.register(self._start)
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._fetching = threading.Lock()  # held during a fetch
 
     def read(self, text: str) -> Passport:
         """The contents of a passport. Raises ``PassportRefused``, and errors of fetching keys."""
+        process.notice()
         try:
             claims = self._decode(text).claims
         except (JoseError, ValueError):
@@ -216,29 +223,31 @@ class PassportReader:
                 del self._seen[oldest]
 
     def _decode(self, text: str) -> Any:
+        keys = self._keys
         try:
-            return self._decode_now(text)
+            return _decoded(text, keys)
         except (JoseError, ValueError):
-            if not self._fetch():
+            later = self._keys_after(keys)
+            if later is keys:
                 raise
-            return self._decode_now(text)
+            return _decoded(text, later)
 
-    def _decode_now(self, text: str) -> Any:
-        if self._keys is None:
-            raise ValueError("no keys yet")
-        return jwt.decode(text, self._keys, [_ALGORITHM])
-
-    def _fetch(self) -> bool:
-        """Fetch the keys again, unless they were just fetched. Returns whether it did."""
+    def _keys_after(self, known: KeySet | None) -> KeySet | None:
+        """Later keys than ``known``: fetches them, unless they were just fetched."""
         source = self._source
         if not callable(source):
-            return False
-        with self._lock:
-            if time.monotonic() - self._fetched_at < _FETCH_AGAIN:
-                return False
-            self._fetched_at = time.monotonic()
-        self._keys = KeySet.import_key_set(dict(source()))  # type: ignore[arg-type]  # a JWK set
-        return True
+            return known
+        with self._fetching:  # the fetch of another thread may bring the key
+            if self._keys is known and time.monotonic() - self._fetched_at >= _FETCH_AGAIN:
+                self._fetched_at = time.monotonic()
+                self._keys = KeySet.import_key_set(dict(source()))  # type: ignore[arg-type]  # a JWK set
+            return self._keys
+
+
+def _decoded(text: str, keys: KeySet | None) -> Any:
+    if keys is None:
+        raise ValueError("no keys yet")
+    return jwt.decode(text, keys, [_ALGORITHM])
 
 
 def _key(path: str) -> ECKey:

@@ -11,9 +11,16 @@ from typing import Any
 
 import grpc
 import pytest
+from flask import Flask
+from joserfc import jwt
+from joserfc.jwk import ECKey
 
+from flask_gsession import Session
+from flask_gsession.contrib.oidc_tokens import ProviderKeys
 from flask_gsession.errors import CutOff, StoreUnavailable
+from flask_gsession.live.hints import Hints
 from flask_gsession.live.listener import Listener, now
+from flask_gsession.sharing.passport import PassportReader
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.edge import worker
 from flask_gsession.stores.edge.link import Link
@@ -117,6 +124,25 @@ def test_a_lock_is_not_waited_for_on_a_connection_that_just_ended(
     assert waited == []
 
 
+def test_a_server_that_ends_before_it_is_followed_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed: list[bool] = []
+
+    def refuse(_: object) -> None:
+        raise OSError("not connected")
+
+    store: Any = open_store("redis://127.0.0.1:1/0", StoreOptions())[0]
+    source = store.changes.source
+    lost = type("Lost", (), {"close": lambda _: closed.append(True)})()
+    monkeypatch.setattr(source, "_connect", lambda *_: lost)
+    monkeypatch.setattr(store.commands.pool, "follow", refuse)
+    with pytest.raises(StoreUnavailable, match="not connected"):
+        source.open("")
+    assert closed
+    store.close()
+
+
 # SQLite -------------------------------------------------------------------------------------------
 
 
@@ -152,6 +178,17 @@ def test_a_connection_to_a_replaced_file_does_not_stay_open(store: SQLiteStore) 
     with before_line(type(file)._give_back, "pool.append(db)", replace):
         file._give_back(db, file._pool)
     assert db not in sqlite._opened.connections
+
+
+def test_a_file_that_is_opened_during_a_fork_waits_for_it(tmp_path: Path) -> None:
+    """The fork goes through all files, and would fail if their set changed meanwhile."""
+    opening = Thread(target=sqlite.SQLiteFile, args=(tmp_path / "other.sqlite3", 1.0))
+    with sqlite._opened.forking:
+        opening.start()
+        opening.join(0.1)
+        assert opening.is_alive()
+    opening.join(30)
+    assert not opening.is_alive()
 
 
 class Interrupt(BaseException):
@@ -325,6 +362,22 @@ def test_a_listener_goes_on_after_a_connection_fails_to_close() -> None:
     listener.close()
 
 
+def test_hints_that_are_closed_leave_a_new_watch_its_subscription() -> None:
+    app = Flask(__name__)
+    ext = Session(app, store="memory://")
+    with app.app_context():
+        hints = ext.live.hints()
+    hints.watch(None, "1", lambda *_: None)
+
+    def watch() -> None:
+        hints.watch(None, "2", lambda *_: None)
+
+    with before_line(Hints.close, "thread.join(_TICK)", watch):
+        hints.close()
+    assert hints._is_heard
+    ext.close(app)
+
+
 def test_an_edge_whose_thread_was_interrupted_at_its_start_starts_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -377,3 +430,42 @@ def test_calls_that_begin_while_the_mongodb_client_closes_use_the_next_one(
     assert store.load(record.key) == record
     assert driver._inherited == []
     store.close()
+
+
+# Keys that are fetched ----------------------------------------------------------------------------
+
+
+class Fetches:
+    """Fetches keys. Another thread, which needs them too, starts ``meanwhile``."""
+
+    def __init__(self, keys: Any) -> None:
+        self.keys = keys
+        self.meanwhile = Thread()
+
+    def __call__(self) -> Any:
+        self.meanwhile.start()  # a second fetch would fail here
+        self.meanwhile.join(0.2)  # unless it waits for this fetch
+        return self.keys
+
+
+def test_passports_are_read_while_another_thread_fetches_the_keys() -> None:
+    key = ECKey.generate_key("P-256", {"kid": "1", "alg": "ES256"})
+    claims = {"iss": "shop", "aud": "billing", "sub": "17", "jti": "1"}
+    claims |= {"iat": int(time.time()), "exp": int(time.time()) + 60}
+    text = jwt.encode({"alg": "ES256", "kid": "1"}, claims, key)
+    fetch, users = Fetches({"keys": [key.as_dict(private=False)]}), []
+    reader = PassportReader(fetch, "shop", "billing", once=False)
+    fetch.meanwhile = Thread(target=lambda: users.append(reader.read(text).user))
+    users.append(reader.read(text).user)
+    fetch.meanwhile.join(30)
+    assert users == ["17", "17"]
+
+
+def test_logout_tokens_are_read_while_another_thread_fetches_the_keys() -> None:
+    key = ECKey.generate_key("P-256", {"kid": "1", "use": "sig"})
+    fetch, found = Fetches({"keys": [key.as_dict(private=False)]}), []
+    keys = ProviderKeys(fetch)
+    fetch.meanwhile = Thread(target=lambda: found.append(len(keys.candidates("1"))))
+    found.append(len(keys.candidates("1")))
+    fetch.meanwhile.join(30)
+    assert found == [1, 1]
