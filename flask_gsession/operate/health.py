@@ -69,7 +69,9 @@ def check_store(
         detail = getattr(error, "detail", "") or f"{type(error).__name__} {error}"
         advice = "Check that it is running, and that its URL is correct."
         if _NO_RIGHT.search(detail):
-            advice = "The store answers: grant its user that right, or use another user in the URL."
+            advice = (
+                "The store answers: grant its user that permission, or use another user in the URL."
+            )
         findings = [Finding("error", "answers", detail, advice)]
     for checks in (parts.checks, parts_of(blobs).checks):
         if checks is not None:

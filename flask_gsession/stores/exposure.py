@@ -31,7 +31,7 @@ def exposure_of(is_open: bool, tls: bool | None, host: str) -> Iterator[Finding]
     if not is_open:
         yield Finding("ok", "password", "needed")
     elif tls is None:
-        yield Finding("ok", "password", "none, behind the rights of a socket file")
+        yield Finding("ok", "password", "none, behind the permissions of a socket file")
     elif local:
         yield Finding(
             "warning",

@@ -38,16 +38,16 @@ def secure(path: str | os.PathLike[str]) -> str:
     if user not in (0, there.st_uid):
         return (
             f"is open to others (mode {mode:o}) and belongs to root: give it to the user of the "
-            "application, or take the rights away with chmod go-rwx"
+            "application, or remove the permissions with chmod go-rwx"
         )
     os.chmod(path, mode & ~OTHERS)
     if stat.S_IMODE(os.stat(path).st_mode) & OTHERS:
         logger.warning(
-            "%s is open to others (mode %o), and its file system keeps no rights", path, mode
+            "%s is open to others (mode %o), and its file system keeps no permissions", path, mode
         )
     else:
         logger.warning(
-            "%s was open to others (mode %o) and holds sessions: its rights are %o now",
+            "%s was open to others (mode %o) and holds sessions: its permissions are now %o",
             path,
             mode,
             mode & ~OTHERS,

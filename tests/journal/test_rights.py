@@ -71,7 +71,7 @@ def test_the_published_rights_suffice(
                 kinds.append(event.kind)
                 event.ack()
         assert sorted(kinds) == sorted(2 * ["created", "rotated", "bound"] + ["ended", "expired"])
-        assert not problems(site).keys() & {"journal rights", "expiry index"}
+        assert not problems(site).keys() & {"journal permissions", "expiry index"}
 
 
 @pytest.mark.parametrize("lacking", long(LACKING, LACKING[:2]))
@@ -85,4 +85,4 @@ def test_the_doctor_names_missing_rights(
     url = server.url_of_rights(RIGHTS, "gsession", gsession=sessions, gsession_journal=journal)
     with Site(url, store_prefix, clock, journal=True) as site:
         assert site.visitor().ask(put).status_code == status
-        assert problems(site)["journal rights"] == f"this user lacks {missing}"
+        assert problems(site)["journal permissions"] == f"this user lacks {missing}"

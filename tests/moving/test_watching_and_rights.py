@@ -214,7 +214,7 @@ def test_mongodb_accounts(mongo_auth_tls: MongoAuthTLS, tmp_path: Path) -> None:
         admin[name].old.insert_one({"id": f"session:{SID}", "val": VALUES, "expiration": end})
     config = {"SESSION_MONGODB_DB": name, "SESSION_MONGODB_COLLECT": "old"}
     for rights, answers, says in (
-        (["insert"], [503, 503], "the user lacks a right on the collection"),
+        (["insert"], [503, 503], "the user lacks a permission on the collection"),
         (["find"], [200, 503], "1 already"),
         (["find", "remove"], [200, 200], "no old sessions found"),
     ):

@@ -447,11 +447,11 @@ MISTAKES: dict[str, tuple[Callable[[Need], Any], dict[str, str]]] = {
     ),
     "an SQLite file for everybody": (
         lambda need: on_a_file(need, file=0o644),
-        {"file rights": "error"},
+        {"file permissions": "error"},
     ),
     "an SQLite folder for everybody": (
         lambda need: on_a_file(need, folder=0o777),
-        {"folder rights": "error"},
+        {"folder permissions": "error"},
     ),
     "an SQLite file without a journal beside it": (
         on_a_file_that_cannot_have_wal,
@@ -657,7 +657,7 @@ def test_the_advice_for_a_missing_right_is_not_about_the_url(
         redis_client.acl_deluser(user)
     (answers,) = (row for row in json.loads(rows) if row["check"] == "answers")
     assert answers["severity"] == "error"
-    assert answers["advice"].startswith("The store answers: grant its user that right")
+    assert answers["advice"].startswith("The store answers: grant its user that permission")
 
 
 # -- the settings that a server reports

@@ -98,7 +98,7 @@ def test_servers_behind_a_socket_file(own_redis: RedisServer, own_mongo: MongoSe
         f"mongodb://{mongo}/doctor?directConnection=true",
     ):
         found = findings(application(url))
-        assert found["password"] == ("ok", "none, behind the rights of a socket file")
+        assert found["password"] == ("ok", "none, behind the permissions of a socket file")
         assert found["TLS"][0] == "ok"
 
 

@@ -167,9 +167,9 @@ def test_a_file_system_without_rights(
     monkeypatch.setattr(os, "chmod", lambda *_: None)
     store = SQLiteStore(path)
     store.create(a_record(time.time))
-    assert "its file system keeps no rights" in caplog.text
+    assert "its file system keeps no permissions" in caplog.text
     found = {each.check: each.severity for each in check_store(store)}
-    assert found["file rights"] == "error"
+    assert found["file permissions"] == "error"
     store.close()
 
 

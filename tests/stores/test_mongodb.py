@@ -224,7 +224,7 @@ def test_errors_say_where_and_why(
     elsewhere = mongo_auth_tls.url.replace("/sessions?", "/elsewhere?")
     for url, reasons in (
         (wrong, (place, "AuthenticationFailed, code 18")),
-        (elsewhere, (place, "lacks a right", "Unauthorized, code 13")),
+        (elsewhere, (place, "lacks a permission", "Unauthorized, code 13")),
         (mongo_auth_tls.url_of(None), (place, "Unauthorized, code 13")),
         (direct, (place, "connection closed")),
         (direct + "&tls=true", (place, "certificate verify failed")),

@@ -48,7 +48,7 @@ DATABASE = "gsession"
 
 _READ_CONCERNS = ("local", "majority", "linearizable")
 _HINTS = {
-    13: ": the user lacks a right on the collection, or the URL names no user",
+    13: ": the user lacks a permission on the collection, or the URL names no user",
     18: ": wrong user, password or authSource",
 }
 

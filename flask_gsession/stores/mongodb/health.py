@@ -230,12 +230,13 @@ def _journal_rights(collection: Any) -> Iterator[Finding]:
     if lacking:
         yield Finding(
             "error",
-            "journal rights",
+            "journal permissions",
             f"this user lacks {'; '.join(lacking)}",
-            "Sessions can't be written, or events don't reach the journal: grant these rights.",
+            "Sessions can't be written, or events don't reach the journal: grant these "
+            "permissions.",
         )
     else:
-        yield Finding("ok", "journal rights")
+        yield Finding("ok", "journal permissions")
 
 
 def _covers(resource: Mapping[str, Any], database: str, collection: str) -> bool:

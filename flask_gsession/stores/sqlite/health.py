@@ -56,19 +56,19 @@ class SQLiteChecks(Checks):
                 journal,
                 "Readers and writers block each other: use a local disk.",
             ),
-            Finding("ok", "file rights", f"{modes[0]:o}")
+            Finding("ok", "file permissions", f"{modes[0]:o}")
             if not modes[0] & OTHERS
             else Finding(
                 "error",
-                "file rights",
+                "file permissions",
                 f"{modes[0]:o}",
                 f"Other users may read it: chmod 600 {self.file.path}*",
             ),
-            Finding("ok", "folder rights", f"{modes[1]:o}")
+            Finding("ok", "folder permissions", f"{modes[1]:o}")
             if not shared
             else Finding(
                 "error",
-                "folder rights",
+                "folder permissions",
                 f"{modes[1]:o}",
                 f"Other users may replace it: chmod go-w {folder}",
             ),
