@@ -63,7 +63,7 @@ demo: $(VENV)/with-$(DEMO_EXTRAS) ## Run the demo shop; STORE=redis://localhost:
 billing: $(VENV)/with-billing ## Run a shop and its billing, which share sessions by gRPC; PORT=5055
 	@$(PY) -m examples.billing --port $(PORT)
 
-edge: $(VENV)/with-edge ## Run a shop with a branch that goes on selling while it is cut off; PORT=5055
+edge: $(VENV)/with-edge ## Run a shop with a branch that keeps selling while it is cut off; PORT=5055
 	@$(PY) -m examples.edge --port $(PORT)
 
 test: $(VENV)/with-test $(OLDEST)/ready $(FLASK_SESSION)/ready servers chromium prometheus neighbours ## Run the tests; TEST_ARGS="-k redis -x" for some of them
@@ -93,7 +93,7 @@ $(FLASK_SESSION)/ready: tests/moving/flask_session_0.5.txt | $(VENV)/with-test
 	  --requirement tests/moving/flask_session_0.5.txt
 	@touch $@
 
-oldest: $(OLDEST)/ready servers ## Run many tests with the oldest packages that are supported
+oldest: $(OLDEST)/ready servers ## Run many tests with the oldest supported packages
 	@for pin in 'redis<6' 'redis==8.0.1'; do echo "Beside $$pin"; \
 	$(PY) -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
 	  '.[redis]' "$$pin" || exit 1; done
@@ -132,7 +132,7 @@ bench: $(VENV)/with-test servers ## Measure side by side with Flask-Session
 	$(PY) -m benchmarks.live
 	$(PY) -m benchmarks.requests_per_second
 
-million: $(VENV)/with-test servers ## Let a million sessions expire, and see what other clients notice
+million: $(VENV)/with-test servers ## Let a million sessions expire, and measure how long other clients wait
 	$(PY) -m benchmarks.expiring
 
 faults: $(VENV)/with-test servers ## Strike real servers under load; FAULTS_ARGS="--only redis kill"
@@ -169,7 +169,7 @@ neighbours: | $(PY)
 	@sh tests/harness/setup_proxies.sh $(abspath $(VENV))/proxies
 	@sh tests/harness/setup_node.sh $(abspath $(VENV))/node
 
-clean: ## Remove everything that make made, the orders of the demo shop too
+clean: ## Remove everything that make created, and the orders of the demo shop
 	rm -rf $(VENV) build dist *.egg-info docs/_build
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache examples/shop/instance
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""A cart whose goods are few and whose buyers are many, on Redis or MongoDB."""
+"""A cart for scarce goods and many buyers, on Redis or MongoDB."""

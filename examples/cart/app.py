@@ -1,4 +1,4 @@
-"""A shop of few words, for many buyers at once. Run it from the root of the repository:
+"""A minimal shop for many buyers at once. Run it from the root of the repository:
 
     CART_STORE=redis://localhost:6379/0 python -m flask --app examples.cart.app run
 
