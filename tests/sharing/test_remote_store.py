@@ -488,7 +488,7 @@ def test_a_load_shows_the_outcome_of_an_abandoned_write(how: str, far: HookedSto
     def hold() -> None:
         started.set()
         if how == "interrupted":
-            os.kill(os.getpid(), signal.SIGALRM)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # the caller waits by then
         release.wait(PATIENCE)
 
     with store_servers() as serve, ThreadPoolExecutor(1) as pool:
