@@ -72,9 +72,12 @@ def start_own_session(life: Lifecycle) -> None:
     if life.repository.user_keys or (life.seen.body is not None and life.seen.body.joins):
         _keep_for_user(life, changes)
         kept = {key: raw for key, raw in kept.items() if key not in life.repository.user_keys}
-    # If nothing else is left, and these keys are removed as well, this is a logout, not a sign-in.
-    # After ``clear``, it stays one even if another request has stored a key meanwhile.
-    emptied = life.wishes.cleared or kept.keys() >= set(values)
+    # If no other key is left, and these are removed as well, this is a logout, not a sign-in. After
+    # ``clear``, it stays one even if another request has stored a key since.
+    left = set(values)
+    if life.wishes.cleared:
+        left &= {*values.live, *values.given}
+    emptied = kept.keys() >= left
     logger.info("A sign-in started a new session, and session %s stays as it is", life.handle)
     binding = life.wishes.binding
     if binding is not None and not binding.user_id:

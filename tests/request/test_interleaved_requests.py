@@ -11,7 +11,7 @@ import copy
 import io
 import math
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -196,7 +196,7 @@ class Open:
         self.expired: set[str] = set()
         self.grace: float | None = None
         self.came_by: tuple[Stored | None, int] = (None, 0)  # the session and token it began with
-        self.ended = self.cleared = self.destroyed = self.took_last = False
+        self.ended = self.cleared = self.destroyed = self.took_last = self.took = False
         self.old = False  # its token is not the newest of its session
 
     def sees(self, session: Stored | None) -> None:
@@ -209,11 +209,10 @@ class Open:
         self.expired = set(session.expired) if session else set()
         self.took_last = False
 
-    def parts(self, others: Collection[str] = ()) -> None:
+    def parts(self) -> None:
         """It signs in with an old token: the new session holds only the values that it assigned.
 
-        If it leaves nothing else, and removes these too, it has logged out instead. `others`: the
-        keys that other requests have stored since.
+        If it leaves nothing else, and removes these too, it has logged out instead.
         """
         kept = {
             key: kept
@@ -221,17 +220,16 @@ class Open:
             if self.has_changed(key)
             and (key not in self.saw or type(kept.value) not in (list, set, dict))
         }
-        emptied = (
-            self.cleared or self.took_last or (not others and self.wants.keys() <= kept.keys())
-        )
+        emptied = self.wants.keys() <= kept.keys()
         self.sees(None)
         self.wants, self.old, self.cleared = kept, False, emptied
 
     def expire(self, now: float) -> None:
-        seen = {*self.saw, *self.wants}
+        before = {*self.saw, *self.wants}
+        self.expired |= self.saw.keys() - unexpired(self.saw, now).keys()
         self.saw, self.wants = unexpired(self.saw, now), unexpired(self.wants, now)
         self.stored = unexpired(self.stored, now)
-        self.expired |= seen - {*self.saw, *self.wants}
+        self.expired |= before - {*self.saw, *self.wants}
 
     @property
     def void(self) -> bool:
@@ -487,6 +485,7 @@ class Machine(RuleBasedStateMachine):
             if pending or result is not MISSING:
                 session.used(request.began, self.now)
             request.took_last = takes and result is not MISSING and not session.data
+            request.took = request.took or request.took_last
         assert shape(act()) == shape(result)
         for side in (request.saw, request.wants):
             side.pop(key, None)
@@ -623,7 +622,14 @@ class Machine(RuleBasedStateMachine):
         # A rotation beside another one is done already; unless the old token must end at once.
         rotates = request.grace == 0 or (request.grace is not None and not rotated_meanwhile)
         if rotates and rotated_meanwhile:  # a sign-in, whose token is an old one by now
-            request.parts(session.data.keys() - request.saw.keys() - request.wants.keys())
+            others = session.data.keys() - request.saw.keys() - request.wants.keys()
+            unchanged = {key for key in request.wants if not request.has_changed(key)}
+            cleared = request.cleared or request.took_last
+            request.parts()
+            if others and not cleared:
+                request.cleared = request.took and cookie == ""  # if it took all of it before
+            elif unchanged and not unchanged & session.data.keys() and not request.wants:
+                request.cleared = cookie == ""  # unless it has looked at what others removed
             self.end_anonymous(request, status, cookie)
             return
         try:
@@ -858,4 +864,22 @@ def test_a_logout_with_an_old_token_ends_the_session(
         script.rotate(leaving, 0)
     script.end(leaving)
     assert script.sessions[0].dead
+    script.every_token_leads_where_it_should()
+
+
+def test_a_sign_in_with_an_old_token_ends_nothing_that_was_filled_again(
+    store: Store, clock: FakeClock
+) -> None:
+    """The request has taken the last value, but also stored another one since."""
+    script = Script(store, clock, cart=[])
+    rotating, _ = script.requests
+    script.rotate(rotating, 60)
+    script.end(rotating)
+    script.begin(script.sessions[0], 0)
+    signing_in = script.requests[-1]
+    script.take(signing_in, "cart")
+    script.update(signing_in, "hits")
+    script.rotate(signing_in, 0)
+    script.end(signing_in)
+    assert not script.sessions[0].dead
     script.every_token_leads_where_it_should()
