@@ -337,7 +337,9 @@ class TrackedValues(Struct, eq=False):
         if stored is not self.stored:
             for key in self.raw_looks:
                 if key not in live and key not in base:
-                    self._look(key)  # before the old values are gone
+                    base[key] = raw = self.stored.get(key)  # before the old values are gone
+                    if raw is not None:
+                        self.hold(key, raw)
             for key in live:
                 if key not in base:
                     base[key] = self.stored.get(key)
@@ -354,14 +356,6 @@ class TrackedValues(Struct, eq=False):
             for key, value in looks[1].copy().items():
                 if key not in self.base:
                     self.live.setdefault(key, value)
-
-    def _look(self, key: str) -> None:
-        raw = self.stored[key]
-        if refers(raw):
-            self.base[key] = raw
-            self.hold(key, raw)
-        else:
-            self[key]
 
     def hold(self, key: str, raw: bytes) -> None:
         if self.given is NOTHING:

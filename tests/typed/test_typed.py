@@ -318,13 +318,14 @@ def test_a_typed_value_expires(site: Site, clock: FakeClock) -> None:
     clock.advance(59)
     assert visitor.run(lambda session: (key.get(), session.ttl("n"))) == (5, 1)
 
-    def late(_: Any) -> tuple[int, int]:
+    def late(session: Any) -> tuple[int, int]:
         before = key.get()
         clock.advance(1)
+        session.update(user="eve")
         return before, key.get()
 
     assert visitor.run(late) == (5, 0)
-    assert has(visitor) == {"user": "ada"}
+    assert has(visitor) == {"user": "eve"}
 
 
 def put(value: Any, key: str = "preferences") -> Callable[[Any], object]:
