@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Semaphore, Thread
+from threading import Event, Semaphore, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -20,6 +21,7 @@ from flask_gsession.contrib.oidc_tokens import ProviderKeys
 from flask_gsession.errors import CutOff, StoreUnavailable
 from flask_gsession.live.hints import Hints
 from flask_gsession.live.listener import Listener, now
+from flask_gsession.protocol import gsession_pb2 as pb
 from flask_gsession.sharing.passport import PassportReader
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.edge import worker
@@ -28,9 +30,10 @@ from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.redis import wakeup
 from flask_gsession.stores.redis.pool import AllInUse, ConnectionPool
 from flask_gsession.stores.redis.servers import PrimaryPool
+from flask_gsession.stores.remote import channel as remote_channel
 from flask_gsession.stores.remote import forks
 from flask_gsession.stores.remote.address import Address
-from flask_gsession.stores.remote.changes import RemoteSource
+from flask_gsession.stores.remote.changes import RemoteChanges, RemoteSource
 from flask_gsession.stores.remote.channel import Channel, _Connected
 from flask_gsession.stores.sqlite import file as sqlite
 from flask_gsession.stores.sqlite.store import SQLiteStore
@@ -270,6 +273,37 @@ def test_a_stream_that_begins_or_fails_before_a_fork_keeps_no_other_open() -> No
     guard.before_fork()
     guard.after_fork()
     assert ended == streams
+
+
+def test_a_call_gives_up_in_time_while_the_channel_is_being_opened(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC may be stuck there, with the lock that other threads need to open the channel."""
+    monkeypatch.setattr(remote_channel, "_OVERDUE", 0.01)
+    leave, left = Event(), []
+    monkeypatch.setattr(channel, "_open", lambda: left.append(leave.wait(5)))
+    with pytest.raises(StoreUnavailable, match="stuck"):
+        channel.call("Load", pb.LoadRequest())
+    assert left == []
+    leave.set()
+
+
+def test_a_watch_without_a_thread_leaves_no_stream_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[bool] = []
+    call = SimpleNamespace(cancel=lambda: cancelled.append(True))
+    channel: Any = SimpleNamespace(
+        stream=lambda *_: call, shielded=lambda call: call(), timeout=1.0
+    )
+
+    def refuse(_: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", refuse)
+    before = {*forks.guard.streams}
+    with pytest.raises(StoreUnavailable, match="needs a thread") as raised:
+        RemoteChanges(channel, 1.0, bool)
+    assert cancelled
+    assert {*forks.guard.streams} == before, raised  # whose traceback keeps the stream
 
 
 # Memory and the near cache ------------------------------------------------------------------------

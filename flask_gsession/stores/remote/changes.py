@@ -99,11 +99,14 @@ class RemoteChanges:
         self._replies: SimpleQueue[Any] = SimpleQueue()
         self._number = 0
         self._requests.put(pb.WatchRequest(interval=interval, name_server=True))
-        self._call = channel.stream("Watch", iter(self._requests.get, None))
-        guard.add(self)
         self._reader = threading.Thread(target=self._read, name="gsession-watch", daemon=True)
-        self._reader.start()
+        self._call = channel.stream("Watch", iter(self._requests.get, None))
         try:
+            guard.add(self)
+            try:
+                self._reader.start()
+            except RuntimeError as error:  # the system can't start a thread
+                raise StoreUnavailable(f"grpc: Watch needs a thread: {error}") from error
             first = self._next(channel.timeout)
             if not first.started or not first.HasField("server"):
                 raise channel.incomplete("Watch")
@@ -160,7 +163,7 @@ class RemoteChanges:
         self._left(self)
         self._cancel()
         self._requests.put(None)
-        if threading.current_thread() is not self._reader:
+        if self._reader.is_alive() and threading.current_thread() is not self._reader:
             self._reader.join(_ENDING)
         guard.remove(self)
 

@@ -73,18 +73,19 @@ class Channel:
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         #: by session key: the versions of writes that may still be on their way
         self._unsettled: dict[str, set[int]] = {}
-        self._noting = threading.RLock()
         self._connected: _Connected | None = None  # other threads replace it at any time
         self._inherited: list[object] = []
         self._dropped: list[tuple[float, Any]] = []  # when, and the function that closes it
-        self._lock = threading.RLock()  # a signal handler may call the store, too
+        # A signal handler may call the store, too, so each thread may take a lock twice.
+        self._lock = threading.RLock()  # never held while gRPC runs, in which it may be stuck
+        self._opening = threading.RLock()
         self._shield = Shield()
         process.register(self._begin)
 
     def _begin(self) -> None:
         """In a forked process: leave the channel of the parent alone, and open another."""
         self._lock = threading.RLock()
-        self._noting = threading.RLock()
+        self._opening = threading.RLock()
         self._shield = Shield()
         connected, self._connected = self._connected, None
         dropped, self._dropped = [close for _, close in self._dropped], []
@@ -172,9 +173,9 @@ class Channel:
             when, close = dropped
             if now - when < seconds:
                 return
+            close()  # once: the second time has no effect
             with suppress(ValueError):  # another thread was faster
                 self._dropped.remove(dropped)
-            close()  # once: the second time has no effect
 
     def _take_connected(self) -> _Connected | None:
         """The current channel. The next call opens another one."""
@@ -199,7 +200,7 @@ class Channel:
             raise
 
     def _note(self, version: int, keys: Iterable[str]) -> None:
-        with self._noting:
+        with self._lock:
             for key in keys:
                 self._unsettled.setdefault(key, set()).add(version)
             while len(self._unsettled) > _MOST_UNSETTLED:
@@ -209,12 +210,12 @@ class Channel:
         """Make sure that no earlier write under these keys is applied later, if there are any."""
         if not self._unsettled:
             return
-        with self._noting:
+        with self._lock:
             versions = {version for key in keys for version in self._unsettled.get(key, ())}
         if versions:
             if not self.call("Settle", pb.SettleRequest(versions=versions)).done:
                 raise self.incomplete("Settle")
-            with self._noting:
+            with self._lock:
                 for key in keys:
                     left = self._unsettled.pop(key, versions) - versions
                     if left:  # another thread has settled it
@@ -255,16 +256,18 @@ class Channel:
             # Another thread closed the channel just before: use the next one.
 
     def _connect(self) -> _Connected:
-        with self._lock:
-            if self._connected is None:
+        with self._opening:
+            connected = self._connected
+            if connected is None:
                 if self._inherited and _forks_unsupported():
                     raise StoreUnavailable(
                         "grpc: this process was forked after its parent had used gRPC, and "
                         "GRPC_ENABLE_FORK_SUPPORT is turned off: remove that variable"
                     )
                 channel = self._open()
-                self._connected = _Connected(channel, closing(self, channel.close))
-            return self._connected
+                connected = _Connected(channel, closing(self, channel.close))
+                self._connected = connected
+            return connected
 
     def _open(self) -> Any:
         _prepare_for_gevent()
