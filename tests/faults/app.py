@@ -291,11 +291,11 @@ def slots_in_use(store: Store | None) -> int | None:
     if hasattr(inner, "commands"):  # Redis
         pool = inner.commands.pool
         pools = [*pool._pools.values()] if hasattr(pool, "_pools") else [pool]
-        if not all(hasattr(pool, "_slots") for pool in pools):
+        if not all(hasattr(pool, "_lent") for pool in pools):
             return None  # of a client
         # A lost slot is made again when it is needed.
-        there = sum(slot() is not None for pool in pools for slot in pool._slots)
-        return there - sum(len(pool._idle) for pool in pools)
+        there = sum(slot() is not None for pool in pools for slot in pool._lent.slots)
+        return there - sum(len(pool._lent.idle) for pool in pools)
     if hasattr(inner, "driver") and inner.driver.collection is not None:  # MongoDB
         servers = inner.driver.collection.database.client._topology._servers.values()
         return sum(int(server.pool.active_sockets) for server in servers)

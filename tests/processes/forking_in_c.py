@@ -122,7 +122,7 @@ def a_bare_store(url: str, _: Path) -> Any:
 
     def port() -> int:
         store.load("A" * 43)
-        (used,) = (slot for slot in store.commands.pool._idle if slot.connection is not None)
+        (used,) = (slot for slot in store.commands.pool._lent.idle if slot.connection is not None)
         return int(used.connection._sock.getsockname()[1])
 
     own = port()

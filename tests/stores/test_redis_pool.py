@@ -64,7 +64,7 @@ def test_the_connection_used_last_is_lent_first(store: Any) -> None:
     store.create(record)
     for _ in range(20):
         assert store.load(record.key) == record
-    assert sum(slot.connection is not None for slot in store.commands.pool._idle) == 1
+    assert sum(slot.connection is not None for slot in store.commands.pool._lent.idle) == 1
 
 
 def test_a_waiting_caller_gets_a_returned_connection(store: Any) -> None:
@@ -73,7 +73,7 @@ def test_a_waiting_caller_gets_a_returned_connection(store: Any) -> None:
     got: list[Any] = []
     waiting = threading.Thread(target=lambda: got.append(pool.take(time.monotonic() + 30)))
     waiting.start()
-    while not pool._returned.waiting:
+    while not pool._lent.returned.waiting:
         time.sleep(0.001)
     pool.give(slots.pop())
     waiting.join(30)
@@ -95,7 +95,7 @@ def test_callers_that_wait_while_the_pool_is_closed_get_new_connections(store: A
     waiting = [threading.Thread(target=take) for _ in range(2 * SIZE)]
     for thread in waiting:
         thread.start()
-    until(lambda: pool._returned.waiting == 2 * SIZE)
+    until(lambda: pool._lent.returned.waiting == 2 * SIZE)
     pool.close()
     for thread in waiting:
         thread.join(30)
@@ -304,7 +304,7 @@ def test_a_closed_store_keeps_no_connection_and_can_be_used_again(store: Any) ->
 def test_a_store_that_is_not_used_any_more_is_closed_at_once(redis_url: str) -> None:
     store: Any = open_store(redis_url, StoreOptions())[0]
     assert store.load("A" * 43) is None
-    (connection,) = (slot.connection for slot in store.commands.pool._idle if slot.connection)
+    (connection,) = (slot.connection for slot in store.commands.pool._lent.idle if slot.connection)
     gc.collect()
     gc.disable()
     try:
@@ -419,7 +419,7 @@ def test_a_connection_that_was_closed_while_idle_puts_no_write_in_doubt(
     store: Any = open_store(own_redis.url, StoreOptions(prefix=store_prefix))[0]
     record = a_record(time.time)
     store.create(record)
-    (slot,) = (slot for slot in store.commands.pool._idle if slot.connection is not None)
+    (slot,) = (slot for slot in store.commands.pool._lent.idle if slot.connection is not None)
     slot.connection.deadline.at -= 60  # a minute ago
     with Redis.from_url(own_redis.url) as admin:
         admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")

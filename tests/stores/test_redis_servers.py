@@ -646,7 +646,7 @@ def test_a_node_is_asked_over_one_connection(cluster: RedisCluster, open_shop: O
     for _ in range(20):
         store.load("A" * 43)
     pool = store.commands.pool
-    idle = pool.pool(pool.owner(key_slot(store.names.record("A" * 43)), 0))._idle
+    idle = pool.pool(pool.owner(key_slot(store.names.record("A" * 43)), 0))._lent.idle
     assert sum(slot.connection is not None for slot in idle) == 1
 
 
@@ -714,7 +714,7 @@ def test_a_cluster_client_gives_its_nodes_and_options(
         made = [
             slot.connection
             for pool in shop.store.commands.pool._pools.values()
-            for slot in pool._idle
+            for slot in pool._lent.idle
         ]
         assert {each.username for each in made if each} == {"app"}
         assert not any(each.redis_connect_func for each in made if each)  # it may ask for replicas

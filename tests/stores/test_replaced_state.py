@@ -28,7 +28,7 @@ from flask_gsession.stores.edge import worker
 from flask_gsession.stores.edge.link import Link
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.stores.redis import wakeup
-from flask_gsession.stores.redis.pool import AllInUse, ConnectionPool
+from flask_gsession.stores.redis.pool import AllInUse, ConnectionPool, _Lent
 from flask_gsession.stores.redis.servers import PrimaryPool
 from flask_gsession.stores.remote import channel as remote_channel
 from flask_gsession.stores.remote import forks
@@ -88,6 +88,22 @@ def test_a_lost_slot_is_not_made_up_for_in_the_next_pool(pool: ConnectionPool) -
     del extra
     with pytest.raises(AllInUse):
         pool.take(soon())
+
+
+def test_a_pool_that_two_threads_close_keeps_its_connections_afterwards(
+    pool: ConnectionPool,
+) -> None:
+    with before_line(_Lent.__init__, "self.slots", pool.close):
+        pool.close()
+    for _ in range(3):
+        lent = [pool.take(soon()) for _ in range(2)]
+        for slot in lent:
+            pool.give(slot)
+    del lent, slot
+    lent = [pool.take(soon()) for _ in range(2)]
+    with pytest.raises(AllInUse):
+        pool.take(soon())
+    assert all(slot.connection.open for slot in lent)
 
 
 def test_a_connection_that_was_lent_during_a_failover_is_not_lent_again() -> None:

@@ -227,6 +227,17 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, ResponseError) and not isinstance(error, ReadOnlyError)
 
 
+class _Lent:
+    """What a pool lends until it is closed: its slots, of which some are idle."""
+
+    __slots__ = ("idle", "returned", "slots")
+
+    def __init__(self, size: int) -> None:
+        self.returned = returned = _Returned()
+        self.idle = deque(Slot(returned) for _ in range(size))
+        self.slots = [ref(slot) for slot in self.idle]
+
+
 class ConnectionPool:
     """Lends connections that ``make`` makes, at most ``size`` at a time.
 
@@ -249,12 +260,8 @@ class ConnectionPool:
 
     def _start(self) -> None:
         """Forget every connection. Each is closed when it is garbage-collected or returned."""
-        returned = _Returned()
-        idle = deque(Slot(returned) for _ in range(self._size))
-        # In this order: another thread may take or return a slot in between.
-        self._slots = [ref(slot) for slot in idle]
-        self._returned = returned
-        self._idle = idle
+        # In one step, since other threads take and return slots, or close the pool, too.
+        self._lent = _Lent(self._size)
 
     def take(self, deadline: float, name: bytes = b"") -> Slot:
         """Lend a slot; its connection may not be connected yet.
@@ -264,7 +271,7 @@ class ConnectionPool:
         if getpid() != process.pid:  # every command comes through here
             process.notice()
         try:
-            slot = self._idle.pop()
+            slot = self._lent.idle.pop()
         except IndexError:
             slot = self._wait(deadline)
         connection = slot.connection
@@ -279,24 +286,24 @@ class ConnectionPool:
     def _wait(self, deadline: float) -> Slot:
         slot = None
         while slot is None:
-            slot = self._wait_until_closed(self._returned, deadline)
+            slot = self._wait_until_closed(self._lent, deadline)
         return slot
 
-    def _wait_until_closed(self, returned: _Returned, deadline: float) -> Slot | None:
+    def _wait_until_closed(self, lent: _Lent, deadline: float) -> Slot | None:
         """The next idle slot, or None if another thread has closed the pool meanwhile."""
-        slots = self._slots  # of ``returned``, or of a pool that replaces it just now
+        returned = lent.returned
         with returned:
             returned.waiting += 1
             try:
-                while returned is self._returned:
+                while lent is self._lent:
                     try:
-                        return self._idle.pop()
+                        return lent.idle.pop()
                     except IndexError:
                         pass
-                    for number, slot in enumerate(slots):
+                    for number, slot in enumerate(lent.slots):
                         if slot() is None:
                             made = Slot(returned)
-                            slots[number] = ref(made)
+                            lent.slots[number] = ref(made)
                             return made
                     left = deadline - monotonic()
                     if left <= 0:
@@ -308,10 +315,9 @@ class ConnectionPool:
 
     def give(self, slot: Slot) -> None:
         """Return the slot of a command that was answered."""
-        returned, idle = slot.returned, self._idle
-        # ``idle`` was read before: if the pool is closed just now, it drops the slot.
-        if returned is self._returned:
-            idle.append(slot)
+        lent, returned = self._lent, slot.returned
+        if returned is lent.returned:
+            lent.idle.append(slot)  # if the pool was closed just now, the slot is dropped with it
             if returned.waiting:
                 with returned:
                     returned.notify()
@@ -334,7 +340,7 @@ class ConnectionPool:
 
     def invalidate(self) -> None:
         """Close all idle connections: the server closed one of them, so probably all."""
-        idle = self._idle
+        idle = self._lent.idle
         for _ in range(len(idle)):
             try:
                 slot = idle.popleft()
@@ -360,13 +366,13 @@ class ConnectionPool:
     def close(self) -> None:
         """Close idle connections now, and the others when they are returned."""
         process.notice()
-        idle, returned = self._idle, self._returned
+        lent = self._lent
         self._start()
-        with returned:
-            returned.notify_all()
+        with lent.returned:
+            lent.returned.notify_all()
         while True:
             try:
-                slot = idle.pop()  # unless another thread was faster
+                slot = lent.idle.pop()  # unless another thread was faster
             except IndexError:
                 return
             if slot.connection is not None:
