@@ -65,6 +65,8 @@ def catch_up(life: Lifecycle, *, discard: bool = False) -> bool:
         life.written_large.mark_referenced(body.values)
     life.wishes = wishes
     life.seen = Seen(token, record, body, presented=seen.presented)
+    if record.version != seen.record.version:
+        life.attempts = NO_ATTEMPTS  # last, since an exception may interrupt before
     return True
 
 
@@ -94,8 +96,9 @@ def settle_attempts(
 ) -> Attempt | None:
     """Return the attempt that was stored, as the stored record ``there`` proves.
 
-    While the version of ``before`` is still stored, any attempt may still arrive. ``repeats``:
-    whether pending changes will be stored again, even if an attempt has stored them.
+    While the version of ``before`` is still stored, any attempt may still arrive. Otherwise, forget
+    the attempts after adopting ``there``. ``repeats``: whether pending changes will be stored
+    again, even if an attempt has stored them.
     """
     if there.version == before.version:
         if not repeats:  # a late attempt stores changes that this request has discarded
@@ -117,7 +120,6 @@ def settle_attempts(
             for key in other.changes:
                 if policy_of(key, life.policies) is not last and life.values.has_changed(key):
                     raise life.conflict("unknown outcome")
-    life.attempts = NO_ATTEMPTS
     return own
 
 
@@ -139,13 +141,13 @@ def resolve_attempts(life: Lifecycle) -> None:
             raise
         if loaded is None:
             continue  # it may still arrive, as a session whose token no client gets
-        life.attempts = NO_ATTEMPTS
         life.values.rebase(attempt.body.values, saved=attempt.changes)
         life.values.rebase(loaded.body.values)
         life.wishes = remaining(attempt.wishes, life.wishes)
         life.entry = attempt.entry
         life.cookie = "set"
-        life.seen = Seen(attempt.token, loaded.record, loaded.body)
         if life.written_large is not None:
             life.written_large.mark_referenced(loaded.body.values)
+        life.seen = Seen(attempt.token, loaded.record, loaded.body)
+        life.attempts = NO_ATTEMPTS  # last, since an exception may interrupt before
         return

@@ -328,6 +328,8 @@ class TrackedValues(Struct, eq=False):
             self.look_for_marks(now)
         base, live = self.base, self.live
         for key, change in saved.items():
+            if key not in base:  # discarded since
+                continue
             if change.mine is not None:
                 base[key] = change.mine
             elif key not in live:  # unless it was set again

@@ -11,7 +11,7 @@ from ..repository.user_values import UserValuesRecord
 from ..users.joins import lasting
 from ..values.payload import Body
 from .following import catch_up, settle_attempts
-from .lifecycle import Lifecycle
+from .lifecycle import NO_ATTEMPTS, Lifecycle
 from .loading import load
 from .rebasing import restart
 from .state import NO_WISHES, Outage, Presented, Seen, remaining
@@ -89,6 +89,7 @@ class UserLifecycle(Lifecycle, eq=False, kw_only=True):
         if self.written_large is not None:
             self.written_large.mark_referenced(body.values)
         self.seen = Seen(None, record, body)
+        self.attempts = NO_ATTEMPTS  # last, since an exception may interrupt before
         return True
 
     def body(self, stored: dict[str, bytes], *, has_large: bool) -> Body:

@@ -45,3 +45,32 @@ def before_line(
     assert acted.is_set(), f"the line with {text!r} didn't run"
     other.join(30)
     assert not other.is_alive()
+
+
+@contextmanager
+def strike_at(
+    function: Callable[..., Any], step: int, error: type[BaseException]
+) -> Iterator[list[int]]:
+    """Raise ``error`` in ``function``, once, before the line that it runs as number ``step``.
+
+    Only in this thread. Yields the numbers at which it was raised: none after the last line.
+    """
+    code, at, struck = function.__code__, -1, []
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal at
+        if frame.f_code is not code:
+            return None
+        if event == "line" and not struck:
+            at += 1
+            if at == step:
+                struck.append(at)
+                raise error
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield struck
+    finally:
+        sys.settrace(before)

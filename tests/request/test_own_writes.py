@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import pytest
 from flask_gsession import SessionConflict
 from flask_gsession.errors import Gone, Stale
 from flask_gsession.events import SessionSaved
+from flask_gsession.request.following import catch_up, resolve_attempts
 from flask_gsession.request.session import lifecycle_of
 from flask_gsession.testing import FakeClock
 from tests.harness.apps import Site, SiteMaker, Visitor
+from tests.harness.interleaving import strike_at
 from tests.users.test_devices import ids
 
 GRACE = 60  # seconds
@@ -136,6 +139,38 @@ def test_an_interrupted_write_counts_once_beside_an_error_page(clicks: Site) -> 
     visitor = a_visitor(clicks)
     assert visitor.ask(view).status_code == 500
     assert visitor.run(dict) == ONCE
+
+
+AFTER_A_STRIKE: dict[str, tuple[Callable[..., Any], str, Callable[[Any], object]]] = {
+    "changed": (catch_up, "save", transaction),
+    "created": (resolve_attempts, "create", transaction),
+    "reloaded": (catch_up, "save", lambda session: session.reload()),
+}
+
+
+@pytest.mark.parametrize("way", AFTER_A_STRIKE)
+def test_a_second_strike_makes_a_write_count_once(clicks: Site, way: str) -> None:
+    """It comes while the request finds out whether the first write was stored: at each step."""
+    function, verb, act = AFTER_A_STRIKE[way]
+    for step in count():
+
+        def view(session: Any, step: int = step) -> bool:
+            session.update(ONCE) if verb == "create" else click(session)
+            clicks.store.after(verb, strike(TooLong))
+            with pytest.raises(TooLong):
+                transaction(session)
+            with strike_at(function, step, Killed) as struck, suppress(Killed):
+                act(session)
+            return bool(struck)
+
+        visitor = clicks.visitor() if verb == "create" else a_visitor(clicks)
+        was_struck = visitor.run(view)
+        stored = visitor.run(dict)
+        stored.pop("step", None)
+        assert stored == ONCE, step
+        if not was_struck:
+            break
+    assert step > 10
 
 
 def test_a_write_that_never_came_is_made_up_for(clicks: Site) -> None:
