@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ValueRefused
 from ..values.codec import IMMUTABLE
 from ..values.marks import is_marked, split
 from .state import Block
@@ -63,11 +62,12 @@ def roll_back_values(values: TrackedValues, block: Block) -> list[str]:
     Returns the keys that both sides changed, whose changes are discarded too.
     """
     with values.mutex:
-        outside = [key for key in block.outside if key in values.base]
+        # Copies, since another thread may note a look, and encoding may call the application.
+        outside = [key for key in list(block.outside) if key in values.base]
         kept = [key for key in outside if key not in block.inside]
         both = [key for key in outside if key in block.inside and _may_have_changed(values, key)]
         live, base, given = values.live, values.base, values.given
-        for key in live:
+        for key in list(live):
             if key not in kept:
                 _abandon(values, key, as_it_is=True)
         marks = values.marks if values.now is not None else {}
@@ -92,7 +92,7 @@ def changed_when_abandoned(values: TrackedValues) -> list[str]:
         try:
             now = values.encode(key, value)
             lost = now != raw and now != split(values.raw(key) or raw)[1]
-        except ValueRefused:
+        except Exception:  # refused, or an error in a method of the object
             lost = True
         if lost:
             changed[key] = None
@@ -150,7 +150,7 @@ def _abandon(values: TrackedValues, key: str, *, as_it_is: bool = False) -> None
     if as_it_is:
         try:
             raw = values.encode(key, value)
-        except ValueRefused:
+        except Exception:  # refused, or an error in a method of the object
             return
     if raw is not None:
         if values.abandoned is None:
@@ -161,5 +161,5 @@ def _abandon(values: TrackedValues, key: str, *, as_it_is: bool = False) -> None
 def _may_have_changed(values: TrackedValues, key: str) -> bool:
     try:
         return values.has_changed(key)
-    except ValueRefused:
+    except Exception:  # refused, or an error in a method of the object
         return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import flask
@@ -18,6 +20,10 @@ from flask_gsession import (
     session_transaction,
 )
 from flask_gsession.repository.races import ATTEMPTS
+from flask_gsession.request.rebasing import roll_back_values
+from flask_gsession.request.state import NO_WISHES, NOTHING_SEEN, Block
+from flask_gsession.request.tracking import TrackedValues
+from flask_gsession.values.codec import Codec
 from tests.harness.apps import Site
 
 
@@ -162,6 +168,53 @@ def test_a_block_that_raises_stores_nothing(site: Site) -> None:
 
     visitor.run(view)
     assert visitor.run(dict) == {"cart": ["mug"], "before": 1, "after": 1}
+
+
+class LazyText:
+    """As a text that is translated, into the visitor's language, when it is stored."""
+
+    def __init__(self, translate: Callable[[], str]) -> None:
+        self.__html__ = translate
+
+
+def failing() -> str:
+    raise LookupError("no translation")
+
+
+def test_a_block_that_raises_is_left_whatever_its_values_do(site: Site) -> None:
+    """Values are encoded to detect later changes, and that may call the application."""
+    visitor = site.visitor()
+    visitor.run(lambda session: session.update(language="de", text="", left=0))
+
+    def view(session: Any) -> None:
+        for block in session.transaction, session.lock:
+            for translate in failing, lambda: str(session["language"]):
+                with suppress(ZeroDivisionError), block():
+                    session["text"] = LazyText(translate)
+                    session["left"] = 1 // 0
+                session["left"] += 1
+                session.reload()
+                session["text"] = LazyText(translate)
+                session.reload()
+        session["left"] = 4
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"language": "de", "text": "", "left": 4}
+
+
+def test_a_block_is_rolled_back_while_another_thread_looks() -> None:
+    class Looking(dict[str, Any]):
+        def __contains__(self, key: object) -> bool:
+            block.note(f"beside {key}")
+            return super().__contains__(key)
+
+    values = TrackedValues(Codec(64))
+    block = Block("transaction", NOTHING_SEEN, NO_WISHES, None)
+    values["a"] = 1
+    block.note("a")
+    values.base = Looking(values.base)
+    assert not roll_back_values(values, block)
+    assert list(values) == ["a"]
 
 
 def test_a_block_that_raises_keeps_earlier_values_of_a_new_session(site: Site) -> None:
