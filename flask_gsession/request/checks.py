@@ -13,8 +13,9 @@ from .lifecycle import Lifecycle
 
 def check_store(life: Lifecycle) -> None:
     """Raises the outage that this request has met, instead of waiting for the store again."""
-    if life.outage is not None:
-        raise life.outage.error
+    outage = life.outage  # once, since other threads replace it
+    if outage is not None:
+        raise outage.error
 
 
 def check_reaches_centre(life: Lifecycle, what: str) -> None:
@@ -34,7 +35,8 @@ def check_lease(life: Lifecycle) -> None:
 
 def in_retried_code(life: Lifecycle) -> bool:
     """Whether the caller is code that runs again after a lost race."""
-    if life.block is not None and life.block.kind == "transaction":
+    block = life.block  # once, since another thread may leave it
+    if block is not None and block.kind == "transaction":
         return True
     return life.in_function is not None and threading.get_ident() in life.in_function
 

@@ -63,7 +63,8 @@ class SessionLargeValues:
             checked = repository.check(key, first)  # the rest isn't in memory
             mark = checked if mark == PLAIN else mark._replace(version=checked.version)
         body = Body(values.stored, life.lifetime)
-        absolute = life.seen.record.absolute_expires_at if life.seen.record else None
+        record = life.seen.record
+        absolute = record.absolute_expires_at if record else None
         end = repository.expiry.end_of_blobs(body, absolute)
         try:
             reference = repository.large.storage.write(

@@ -185,9 +185,8 @@ class Lifecycle(Struct, eq=False):
     @property
     def lifetime(self) -> int | None:
         """The session's own idle timeout in milliseconds; None if it follows the settings."""
-        if self.wishes.lifetime is not None:
-            return self.wishes.lifetime
-        return None if self.seen.body is None else self.seen.body.lifetime
+        lifetime, body = self.wishes.lifetime, self.seen.body
+        return body.lifetime if lifetime is None and body is not None else lifetime
 
     @property
     def has_large(self) -> bool:
@@ -303,19 +302,21 @@ class Lifecycle(Struct, eq=False):
 
     def wish(self, **wanted: Any) -> None:
         """Let the next save do this too, even if an open block of another thread fails."""
-        self.wishes = replace(self.wishes, **wanted)
-        block = self.block
-        while block is not None:
-            if not block.is_around:
-                block.before = replace(block.before, **wanted)
-            block = block.outer
+        with self.mutex:
+            self.wishes = replace(self.wishes, **wanted)
+            block = self.block
+            while block is not None:
+                if not block.is_around:
+                    block.before = replace(block.before, **wanted)
+                block = block.outer
 
     # -- ending
 
     @property
     def handle(self) -> str | None:
         """The stored session's key, which is also its public name."""
-        return self.seen.record.key if self.seen.record else None
+        record = self.seen.record
+        return record.key if record else None
 
     def forget(self) -> None:
         """Start again without a session. The instructions for the client's cookie stay."""

@@ -87,19 +87,23 @@ NOBODY = Binding("", "", Since())
 
 def user_id_of(life: Lifecycle) -> str | None:
     """The user that the session is bound to, or will be after the next save."""
-    if life.wishes.binding is not None:
-        return life.wishes.binding.user_id or None
+    binding = life.wishes.binding  # once, since another thread may store it
+    if binding is not None:
+        return binding.user_id or None
     if _login_changed(life):
-        values = life.values
-        return known_user(values[LOGIN]) if LOGIN in values else None
+        try:
+            return known_user(life.values[LOGIN])
+        except KeyError:
+            return None
     owner = owner_of(life)
     return None if owner is None else owner.user_id
 
 
 def device_id_of(life: Lifecycle) -> str | None:
     """The id of the session's device in that user's roster. None if the save will choose it."""
-    if life.wishes.binding is not None:
-        return life.wishes.binding.device_id or None
+    binding = life.wishes.binding
+    if binding is not None:
+        return binding.device_id or None
     owner = owner_of(life)
     if owner is None or (_login_changed(life) and user_id_of(life) != owner.user_id):
         return None
@@ -124,8 +128,9 @@ def _login_changed(life: Lifecycle) -> bool:
 
 def signed_in_at(life: Lifecycle) -> int | None:
     """When that user signed in, in milliseconds; None after a remember-me sign-in."""
-    if life.wishes.binding is not None:
-        return life.repository.now() if life.wishes.binding.fresh else None
+    binding = life.wishes.binding
+    if binding is not None:
+        return life.repository.now() if binding.fresh else None
     if life.wishes.sign_in:
         return life.repository.now()
     owner = owner_of(life)

@@ -36,8 +36,9 @@ def end_request(life: Lifecycle, *, by_hand: bool = False) -> None:
     response may never be sent, so a current token stays.
     """
     try:
-        if life.block is not None:
-            _report_open_block(life, life.block, by_hand=by_hand)
+        block = life.block  # once, since another thread may leave it
+        if block is not None:
+            _report_open_block(life, block, by_hand=by_hand)
         elif life.opened:
             if by_hand:
                 _keep_token(life)

@@ -97,8 +97,9 @@ class TrackedValues(Struct, eq=False):
                         return value
         if self.now is not None and self._has_expired(key):
             raise KeyError(key)
-        if self.block is not None:
-            self.block.note(key)
+        block = self.block  # once, since another thread may leave it
+        if block is not None:
+            block.note(key)
         there = self.live.get(key, _ABSENT)
         if there is not _ABSENT:
             return there
@@ -164,8 +165,9 @@ class TrackedValues(Struct, eq=False):
     def __contains__(self, key: object) -> bool:
         if self.now is not None and self._has_expired(key):
             return False
-        if self.block is not None and isinstance(key, str):
-            self.block.note(key)
+        block = self.block
+        if block is not None and isinstance(key, str):
+            block.note(key)
         if key in self.live or key in self.given:
             return True
         with self.mutex:

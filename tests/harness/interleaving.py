@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -55,7 +56,8 @@ def strike_at(
 
     Only in this thread. Yields the numbers at which it was raised: none after the last line.
     """
-    code, at, struck = function.__code__, -1, []
+    struck: list[int] = []
+    code, at = function.__code__, -1
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal at
@@ -74,3 +76,35 @@ def strike_at(
         yield struck
     finally:
         sys.settrace(before)
+
+
+def at_each_step(function: Callable[..., Any], act: Callable[[], object]) -> Iterator[int]:
+    """Run the loop's body once for each step of ``function``, and call ``act`` before that step.
+
+    A step is one instruction of Python's virtual machine, so this acts between two parts of one
+    expression too, as another thread can. ``act`` must not need a lock.
+    """
+    code = function.__code__
+    for step in count():
+        at, acted = -1, False
+
+        def trace(frame: FrameType, event: str, _: object, step: int = step) -> Any:
+            nonlocal at, acted
+            if frame.f_code is not code:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                at += 1
+                if at == step:
+                    acted = True
+                    act()
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            yield step
+        finally:
+            sys.settrace(before)
+        if not acted:
+            return

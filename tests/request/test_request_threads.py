@@ -7,19 +7,26 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from flask import copy_current_request_context
 
-from flask_gsession import LockMisused, SessionConflict, TransactionMisused
-from flask_gsession.request import transactions
+from flask_gsession import LockMisused, SessionConflict, StoreUnavailable, TransactionMisused
+from flask_gsession.request import lifecycle, ownership, transactions
 from flask_gsession.request.blocks import begin_block, leave_block, roll_back
+from flask_gsession.request.checks import check_store, in_retried_code
 from flask_gsession.request.lifecycle import Lifecycle
 from flask_gsession.request.loading import load
+from flask_gsession.request.state import NO_WISHES, NOTHING_SEEN, Binding, Outage, Wishes
+from flask_gsession.request.tracking import TrackedValues
 from flask_gsession.testing import FakeClock
+from flask_gsession.users.roster import Since
 from tests.harness.apps import STUCK, Site, SiteMaker, Visitor
+from tests.harness.interleaving import at_each_step
 
 THREADS = 4
 ROUNDS = 40
@@ -269,6 +276,69 @@ def test_blocks_of_two_threads_end_in_any_order(memory: Site, fails: bool) -> No
 
     visitor.run(view)
     assert visitor.run(dict) == {"a": 0, "beside": 1}
+
+
+READS: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "a value": (TrackedValues.__getitem__, lambda life: life.values["a"]),
+    "a key": (TrackedValues.__contains__, lambda life: "a" in life.values),
+    "the handle": (vars(Lifecycle)["handle"].fget, lambda life: life.handle),
+    "the lifetime": (vars(Lifecycle)["lifetime"].fget, lambda life: life.lifetime),
+    "the user": (ownership.user_id_of, ownership.user_id_of),
+    "the device": (ownership.device_id_of, ownership.device_id_of),
+    "the sign-in": (ownership.signed_in_at, ownership.signed_in_at),
+    "the outage": (check_store, check_store),
+    "the block": (in_retried_code, in_retried_code),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_read_while_another_thread_replaces_the_state(memory: Site, read: str) -> None:
+    """The other thread ends the session or a block, saves, or reloads after an outage."""
+    function, look = READS[read]
+    visitor = a_visitor(memory, {"a": 0})
+
+    def view(session: Any) -> None:
+        life = session._life
+        load(life)
+        seen = life.seen
+
+        def settle() -> None:
+            life.seen, life.wishes, life.outage = NOTHING_SEEN, NO_WISHES, None
+            life.block = life.values.block = None
+
+        for _ in at_each_step(function, settle):
+            life.values.live = {}
+            binding = Binding("ada", "device", Since(), fresh=True)
+            life.seen, life.wishes = seen, Wishes(binding=binding)
+            life.outage = Outage(StoreUnavailable("down"))
+            begin_block(life, "transaction")
+            with suppress(StoreUnavailable):
+                look(life)
+        settle()
+
+    visitor.run(view)
+
+
+def test_two_threads_wish_at_the_same_time(memory: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    visitor = a_visitor(memory, {"a": 0})
+    cookie = visitor.cookie
+
+    def view(session: Any) -> None:
+        other = threading.Thread(target=session.rotate)
+
+        def replace(wishes: Wishes, **wanted: Any) -> Wishes:
+            wished = msgspec.structs.replace(wishes, **wanted)
+            if "lifetime" in wanted:
+                other.start()
+                other.join(0.2)  # unless it waits for this thread
+            return wished
+
+        monkeypatch.setattr(lifecycle, "replace", replace)
+        session.set_lifetime(60)
+        other.join(STUCK)
+
+    visitor.run(view)
+    assert visitor.cookie != cookie
 
 
 def test_the_first_look_may_come_from_a_thread(site: Site) -> None:
