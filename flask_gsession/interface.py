@@ -116,18 +116,19 @@ class GSessionInterface(SessionInterface):
     def open_further(self, app: Flask, request: Request) -> SessionMixin:
         """The session of a second ``Session`` on the application: one object per request."""
         opened: dict[object, Any] = vars(request).setdefault(_FURTHER, {})
-        if self not in opened:
-            session = self.open_session(app, request)
-            opened[self] = self.make_null_session(app) if session is None else session
-            if session is not None:
+        session = opened.get(self)
+        if session is None:
+            made = self.open_session(app, request)
+            # An atomic step, so that all threads of the request get the same one.
+            session = opened.setdefault(self, self.make_null_session(app) if made is None else made)
+            if made is not None and session is made:
                 if _SAVED in vars(request):
-                    close_unused(session)
+                    close_unused(made)
                 of_request = session_of_request()
                 if isinstance(of_request, SessionData):
-                    add_further(of_request, session)
-        session = opened[self]
+                    add_further(of_request, made)
         session.accessed = True
-        return session  # type: ignore[no-any-return]  # put there above
+        return session
 
     def regenerate(self, session: SessionMixin) -> None:
         """Give the session a new token, for code written for Flask-Session.

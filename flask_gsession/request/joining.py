@@ -156,7 +156,7 @@ def hand_over(life: Lifecycle, user_id: str) -> bool:
     except (NotJoined, UserValuesUnreadable):
         return False
     policies = {key: login_policy(key, keys[key], repository.merger) for key in changes}
-    user.policies = {**(user.policies or {}), **policies}
+    user.merge_by(policies)
     for key in changes:
         if after.get(key) != theirs.get(key):
             if key in after:

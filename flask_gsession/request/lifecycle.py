@@ -110,7 +110,7 @@ class Lifecycle(Struct, eq=False):
     #: the large values that this request wrote and no record refers to yet
     written_large: UnreferencedValues | None = None
     #: the merge policies of keys that this request set
-    policies: dict[str, MergeFunction] | None = None
+    policies: Mapping[str, MergeFunction] | None = None
     #: the epochs after this request revoked the sessions of users
     epochs: Mapping[str, int] = NO_EPOCHS
     #: the keys that a library set to sign the user in
@@ -309,6 +309,11 @@ class Lifecycle(Struct, eq=False):
                 if not block.is_around:
                     block.before = replace(block.before, **wanted)
                 block = block.outer
+
+    def merge_by(self, policies: Mapping[str, MergeFunction]) -> None:
+        """Let this request's saves merge these keys by these policies."""
+        with self.mutex:
+            self.policies = {**(self.policies or {}), **policies}
 
     # -- ending
 

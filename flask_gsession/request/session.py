@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Collection, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, NoReturn
@@ -73,7 +73,7 @@ class SessionData(SessionMixin):
     # For this package. Made at the first look, since most requests never look at their session.
     lifecycle: Lifecycle | None = None
     _phase: str = IN_VIEW  # how far the request is, until the first look
-    _further: tuple[SessionData, ...] = ()
+    _further: Sequence[SessionData] = ()
 
     def __init__(
         self,
@@ -793,12 +793,9 @@ class TypedAccess:
 
     def put(self, key: str, value: Any, mark: Mark, merge: MergeFunction | None) -> None:
         """Set a checked value, and how to merge it; None follows the settings."""
+        if merge is not None:  # first, since another thread may save in between
+            self._session._life.merge_by({key: merge})
         self._session._put(key, value, mark)
-        if merge is not None:
-            life = self._session._life
-            if life.policies is None:
-                life.policies = {}
-            life.policies[key] = merge
 
     def refuse(self, error: UnreadableRecord) -> None:
         """Continue with a new session, since a value can't be read."""
@@ -832,7 +829,7 @@ def begin_error_page(session: SessionData) -> None:
 
 def add_further(session: SessionData, further: SessionData) -> None:
     """Save the session of a further ``Session`` together with this one."""
-    session._further += (further,)
+    vars(session).setdefault("_further", []).append(further)
 
 
 def begin_response(session: SessionData, response: Any) -> Any:

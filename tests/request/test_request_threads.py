@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, UserDict
+from collections.abc import Callable, Iterator, KeysView
 from contextlib import suppress
 from random import Random
 from typing import Any
@@ -14,8 +14,17 @@ from typing import Any
 import msgspec
 import pytest
 from flask import copy_current_request_context
+from marshmallow import fields
 
-from flask_gsession import LockMisused, SessionConflict, StoreUnavailable, TransactionMisused
+from flask_gsession import (
+    LockMisused,
+    Session,
+    SessionConflict,
+    SessionData,
+    StoreUnavailable,
+    TransactionMisused,
+)
+from flask_gsession.interface import GSessionInterface
 from flask_gsession.request import lifecycle, ownership, transactions
 from flask_gsession.request.blocks import begin_block, leave_block, roll_back
 from flask_gsession.request.checks import check_store, in_retried_code
@@ -24,9 +33,11 @@ from flask_gsession.request.loading import load
 from flask_gsession.request.state import NO_WISHES, NOTHING_SEEN, Binding, Outage, Wishes
 from flask_gsession.request.tracking import TrackedValues
 from flask_gsession.testing import FakeClock
+from flask_gsession.typed import SessionKey
 from flask_gsession.users.roster import Since
+from flask_gsession.values.merge import last
 from tests.harness.apps import STUCK, Site, SiteMaker, Visitor
-from tests.harness.interleaving import at_each_step
+from tests.harness.interleaving import at_each_step, before_line
 
 THREADS = 4
 ROUNDS = 40
@@ -339,6 +350,62 @@ def test_two_threads_wish_at_the_same_time(memory: Site, monkeypatch: pytest.Mon
 
     visitor.run(view)
     assert visitor.cookie != cookie
+
+
+def test_two_threads_open_a_second_session_at_the_same_time(memory: Site) -> None:
+    second = Session(memory.app, store="memory://", cookie_name="second")
+    visitor = a_visitor(memory, {"a": 0})
+
+    def view(session: Any) -> None:
+        add = copy_current_request_context(lambda: second.session.update(theirs=1))
+        with before_line(GSessionInterface.open_session, "if app.after_request_funcs", add):
+            second.session["mine"] = 1
+        assert session.modified
+
+    visitor.run(view)
+    assert visitor.run(lambda _: dict(second.session)) == {"mine": 1, "theirs": 1}
+
+
+def test_another_thread_stores_a_declared_counter_at_once(
+    memory: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = SessionKey("visits", fields.Int(), merge="counter")
+    visitor = a_visitor(memory, {"visits": 0})
+    put = SessionData._put
+
+    def view(session: Any) -> None:
+        def store() -> None:
+            with session.transaction():
+                pass
+
+        def put_and_store(*args: Any) -> None:
+            put(*args)
+            side_by_side(store)
+
+        assert visits.get() == 0
+        visitor.another_tab().run(lambda session: session.update(visits=10))
+        monkeypatch.setattr(SessionData, "_put", put_and_store)
+        visits.set(1)
+
+    visitor.run(view)
+    assert visitor.run(dict) == {"visits": 11}
+
+
+def test_two_threads_declare_policies_at_the_same_time(memory: Site) -> None:
+    class Switching(UserDict[str, Any]):
+        def keys(self) -> KeysView[str]:
+            other.start()
+            other.join(0.2)  # unless it waits for this thread
+            return super().keys()
+
+    def view(session: Any) -> None:
+        session._life.merge_by(Switching(mine=last))
+        other.join(STUCK)
+        assert session._life.policies.keys() == {"mine", "theirs"}
+
+    other = threading.Thread(target=lambda: lives[0].merge_by({"theirs": last}))
+    lives: list[Any] = []
+    memory.visitor().run(lambda session: (lives.append(session._life), view(session)))
 
 
 def test_the_first_look_may_come_from_a_thread(site: Site) -> None:
