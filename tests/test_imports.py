@@ -18,7 +18,7 @@ PACKAGE = Path(flask_gsession.__file__).parent
 ROWS = [
     ["signals", "users.roster"],
     ["errors", "events", "watching.redaction"],
-    ["processes"],
+    ["processes", "weak"],
     ["tokens", "stores.rights", "stores.file_locks", "stores.interrupts"],
     ["stores.base", "stores.urls"],
     ["stores.exposure", "live.listener", "live"],
@@ -172,7 +172,7 @@ def test_a_store_knows_only_its_contract(module: str) -> None:
     same_room = [name for name in INSIDE if room_of(name) == room_of(module)]
     names = ("exposure", "interrupts", "rights", "file_locks", "urls")
     means = ["live.listener", *(f"stores.{name}" for name in names)]
-    contract = ("errors", "events", "processes", *CONTRACT, *means, *same_room)
+    contract = ("errors", "events", "processes", "weak", *CONTRACT, *means, *same_room)
     wire = [name for name in INSIDE if room_of(name) == "protocol"]
     if room_of(module) == "stores.remote":  # which has a language of its own
         contract += (*wire,)

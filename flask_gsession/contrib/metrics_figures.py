@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from flask import request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -42,6 +42,7 @@ from ..events import (
     WriteDropped,
 )
 from ..stores.parts import LEFTOVERS
+from ..weak import WeakObjects
 from .metrics_gathering import Gathering, counted, observed
 from .metrics_watch import StoreWatch
 
@@ -89,7 +90,7 @@ class Figures:
     def __init__(self, registry: CollectorRegistry, *, in_files: bool = False) -> None:
         self.gathering = Gathering() if in_files else None
         self.receivers: defaultdict[type[Event], list[Count]] = defaultdict(list)
-        self.stores: dict[str, WeakSet[StoreWatch]] = defaultdict(WeakSet)  # by cookie name
+        self.stores: dict[str, WeakObjects[StoreWatch]] = defaultdict(WeakObjects)  # by cookie name
         self._registry = registry
         self._endpoints: dict[str, Callable[[float], object]] = {}
         self._add_store()

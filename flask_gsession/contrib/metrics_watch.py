@@ -23,8 +23,9 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from ..errors import CutOff, StoreUnavailable
 from ..events import CircuitClosed, CircuitOpened, Event, logger
-from ..processes import is_before_fork, runs_threads, warn_without_threads
+from ..processes import is_before_fork, process, runs_threads, warn_without_threads
 from ..stores import Counts, Record, Store
+from ..weak import WeakObjects
 
 LIMITS = "gsession-limits"  # the key of SessionLimits in app.extensions; it has a circuit, too
 
@@ -46,7 +47,7 @@ class StoreWatch:
         app: Flask,
         store: Store,
         up: Gauge,
-        peers: weakref.WeakSet[StoreWatch],
+        peers: WeakObjects[StoreWatch],
         circuits: Gauge,
         counts: Counts | None,
         live: Callable[[], Gauge],
@@ -63,12 +64,17 @@ class StoreWatch:
         self._count_fails = False
         self.pid = 0  # the process that uses the store
         self.is_up = True
+        self._start()
+        process.register(self._start)
         peers.add(self)
         self._show()
         warn_without_threads(
             "the metrics don't count live sessions, and show a store's recovery only at the "
             "next request"
         )
+
+    def _start(self) -> None:
+        self._beginning = threading.RLock()  # a signal handler may use the store, too
 
     def answered(self, up: bool) -> None:
         """Note whether the store has answered a call."""
@@ -126,7 +132,7 @@ class StoreWatch:
         return not self.is_up or bool(self._open)
 
     def _show(self) -> None:
-        self._up.set(all(watch.is_up for watch in list(self._peers)))
+        self._up.set(all(watch.is_up for watch in self._peers))
 
     def _schedule(self, soon: bool) -> None:
         if soon:
@@ -175,31 +181,36 @@ class StoreWatch:
         """Start the thread unless it runs in this process."""
         if self._thread_pid == getpid() or is_before_fork() or not runs_threads():
             return
-        self._thread_pid = getpid()
-        if self._end is not None:
-            self._end.detach()
-        self._wake = threading.Event()  # a thread of the parent process may hold its lock
-        self._count_at = 0.0
-        thread = threading.Thread(
-            target=_keep_watching,
-            args=(weakref.ref(self), self._wake),
-            name="gsession-watch",
-            daemon=True,
-        )
-        try:
-            thread.start()
-        except RuntimeError as error:  # the request continues without it
-            logger.warning("Can't start a thread for the metrics of the session store: %s", error)
-            return
-        self._end = weakref.finalize(self, self._wake.set)
-        self._end.atexit = False
+        process.notice()
+        with self._beginning:
+            if self._thread_pid == getpid():
+                return
+            if self._end is not None:
+                self._end.detach()
+            self._wake = threading.Event()  # a thread of the parent process may hold its lock
+            self._count_at = 0.0
+            thread = threading.Thread(
+                target=_keep_watching,
+                args=(weakref.ref(self), self._wake),
+                name="gsession-watch",
+                daemon=True,
+            )
+            self._end = weakref.finalize(self, self._wake.set)
+            self._end.atexit = False
+            try:
+                thread.start()
+            except RuntimeError as error:  # the request continues without it
+                logger.warning(
+                    "Can't start a thread for the metrics of the session store: %s", error
+                )
+            self._thread_pid = getpid()
 
 
 def _keep_watching(watch: weakref.ref[StoreWatch], wake: threading.Event) -> None:
     while True:
         wake.clear()
         watching = watch()
-        if watching is None:
+        if watching is None or watching._wake is not wake:  # a signal interrupted its start
             return
         pause = watching.turn()
         del watching

@@ -143,7 +143,7 @@ class session_limit:
             plain = type(plain)  # the class of a callable object
         name = f"{plain.__module__}.{plain.__qualname__}:{plain.__name__}"
         undecorated.add(view)
-        if any(view is each for app in list(apps) for each in app.view_functions.values()):
+        if any(view is each for app in apps for each in app.view_functions.values()):
             check_view(name, view)
 
         @wraps(view)

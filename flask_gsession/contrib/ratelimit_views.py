@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from flask import Blueprint, Flask, current_app, request
 
 from ..errors import SettingError
+from ..weak import WeakObjects
 from .ratelimit_arguments import METHODS
 from .ratelimit_counting import NAME
 
@@ -70,7 +71,7 @@ class _IdentitySet:
 undecorated = _IdentitySet()
 
 
-apps: WeakSet[Flask] = WeakSet()
+apps: WeakObjects[Flask] = WeakObjects()
 
 
 class ViewFunctions(dict[str, Any]):

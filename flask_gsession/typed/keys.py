@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar, overload
-from weakref import WeakSet
 
 from flask import abort, jsonify, request
 from flask import session as flask_session
@@ -32,6 +31,7 @@ from ..users.joins import AT_LOGIN
 from ..values.codec import IMMUTABLE, is_valid_text
 from ..values.marks import MAX_VERSION, Mark
 from ..values.merge import DECLARED, POLICIES, MergeFunction
+from ..weak import WeakObjects
 from .merging import merge_of_stored, policy_of
 from .schemas import FieldForm, SchemaForm, form_of
 
@@ -203,7 +203,7 @@ class SessionKey(Generic[T]):
             raise SettingError(f"SessionKey({name!r}): invalid default: {error}") from None
         except (ValueError, GSessionError) as error:
             raise SettingError(f"SessionKey({name!r}): {error}") from None
-        DECLARED.setdefault(name, WeakSet()).add(self)
+        DECLARED.setdefault(name, WeakObjects()).add(self)
 
     def __repr__(self) -> str:
         return f"<SessionKey {self.name!r} version={self.version}>"

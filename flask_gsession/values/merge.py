@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any, Final, NamedTuple, Protocol
-from weakref import WeakSet
 
 from werkzeug.exceptions import HTTPException
 
 from ..errors import GSessionError, SessionConflict, SessionTooLarge, ValueLost, ValueRefused
+from ..weak import WeakObjects
 from .codec import Codec
 from .marks import PLAIN, Mark, expired, marked, split, unexpired
 from .references import content_of, length_of
@@ -158,7 +158,7 @@ class Versioned(Protocol):
 
 
 #: The typed keys of this process by name. An application may not have used its key yet.
-DECLARED: dict[str, WeakSet[Any]] = {}
+DECLARED: dict[str, WeakObjects[Any]] = {}
 
 
 class Merger:

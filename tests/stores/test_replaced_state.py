@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Semaphore, Thread
+from threading import enumerate as enumerate_threads
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,12 @@ import pytest
 from flask import Flask
 from joserfc import jwt
 from joserfc.jwk import ECKey
+from marshmallow import fields
+from prometheus_client import CollectorRegistry
 
 from flask_gsession import Session
+from flask_gsession.contrib.metrics import SessionMetrics
+from flask_gsession.contrib.metrics_watch import StoreWatch
 from flask_gsession.contrib.oidc_tokens import ProviderKeys
 from flask_gsession.errors import CutOff, StoreUnavailable
 from flask_gsession.live.hints import Hints
@@ -39,6 +44,8 @@ from flask_gsession.stores.sqlite import file as sqlite
 from flask_gsession.stores.sqlite.store import SQLiteStore
 from flask_gsession.stores.wrappers.near_cache import KeptRecords
 from flask_gsession.testing import a_record
+from flask_gsession.typed import SessionKey
+from flask_gsession.values.merge import DECLARED
 from tests.harness.interleaving import before_line
 
 # Redis --------------------------------------------------------------------------------------------
@@ -315,11 +322,11 @@ def test_a_watch_without_a_thread_leaves_no_stream_open(monkeypatch: pytest.Monk
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(Thread, "start", refuse)
-    before = {*forks.guard.streams}
     with pytest.raises(StoreUnavailable, match="needs a thread") as raised:
         RemoteChanges(channel, 1.0, bool)
     assert cancelled
-    assert {*forks.guard.streams} == before, raised  # whose traceback keeps the stream
+    streams = [each for each in forks.guard.streams if isinstance(each, RemoteChanges)]
+    assert call not in [each._call for each in streams], raised  # whose traceback keeps the stream
 
 
 # Memory and the near cache ------------------------------------------------------------------------
@@ -480,6 +487,28 @@ def test_calls_that_begin_while_the_mongodb_client_closes_use_the_next_one(
     assert store.load(record.key) == record
     assert driver._inherited == []
     store.close()
+
+
+def test_two_threads_that_meet_an_outage_start_one_watch() -> None:
+    app = Flask(__name__)
+    ext = Session(app, store="memory://")
+    SessionMetrics(app, registry=CollectorRegistry())
+    (watch,) = app.extensions["gsession-metrics"].values()
+    before = {*enumerate_threads()}
+    with before_line(StoreWatch._begin, "self._wake = threading.Event()", watch._begin):
+        watch._begin()
+    started = {*enumerate_threads()} - before
+    assert [thread.name for thread in started] == ["gsession-watch"]
+    ext.close(app)
+
+
+def test_a_typed_key_is_declared_while_another_thread_goes_through_its_namesakes() -> None:
+    keys = [SessionKey("namesake", fields.Integer())]
+    found = iter(DECLARED["namesake"])
+    next(found)
+    keys.append(SessionKey("namesake", fields.Integer()))
+    assert [*found] == []
+    assert {*map(id, DECLARED["namesake"])} == {*map(id, keys)}
 
 
 # Keys that are fetched ----------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from threading import get_ident
 from typing import Protocol, TypeVar
-from weakref import WeakValueDictionary
 
 from ...errors import StoreUnavailable
 from ...processes import at_fork
+from ...weak import WeakObjects
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class ForkGuard:
 
     def __init__(self) -> None:
         self.calls: dict[int, bool] = {}
-        self.streams: WeakValueDictionary[int, Stream] = WeakValueDictionary()
+        self.streams: WeakObjects[Stream] = WeakObjects()
         self.forking = False
 
     def run(self, call: Callable[[], T]) -> T:
@@ -55,19 +55,17 @@ class ForkGuard:
 
     def add(self, stream: Stream) -> None:
         """End ``stream`` before a fork."""
-        self.streams[id(stream)] = stream
+        self.streams.add(stream)
 
     def remove(self, stream: Stream) -> None:
         """Forget a stream that has ended."""
-        self.streams.pop(id(stream), None)
+        self.streams.discard(stream)
 
     def before_fork(self) -> None:
         self.forking = True
-        for each in self.streams.valuerefs():  # a copy, since other threads add and remove
-            stream = each()
-            if stream is not None:
-                with suppress(StoreUnavailable):  # the others still have to end
-                    stream.end_before_fork()
+        for stream in self.streams:
+            with suppress(StoreUnavailable):  # the others still have to end
+                stream.end_before_fork()
         own, over = get_ident(), time.monotonic() + _LONGEST_WAIT
         while self.calls.keys() - {own} and time.monotonic() < over:
             time.sleep(_PAUSE)
