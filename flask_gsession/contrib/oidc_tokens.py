@@ -93,18 +93,16 @@ class ProviderKeys:
                 raise SettingError(f"keys is not a JWK set with public keys: {error}") from None
 
     def _start(self) -> None:
-        self._fetching = threading.Lock()  # held during a fetch
+        self._fetching = threading.RLock()  # held during a fetch, which may check a token itself
 
     def candidates(self, kid: str | None) -> list[Any]:
         """The keys that may have signed a token. Raises ``KeysUnavailable``."""
         process.notice()
-        # The fetch of another thread may bring the key.
-        if self._must_fetch(kid) and self._fetching.acquire(blocking=not self._named(kid)):
-            try:
+        # With a known key, no thread waits for another one's fetch.
+        if self._must_fetch(kid) and not (self._named(kid) and self._was_just_tried()):
+            with self._fetching:
                 if self._must_fetch(kid):
                     self._refresh(must=not self._keys)
-            finally:
-                self._fetching.release()
         return self._named(kid)
 
     def _must_fetch(self, kid: str | None) -> bool:
@@ -112,11 +110,14 @@ class ProviderKeys:
         is_old = age >= _KEYS_AGE or (age >= _FETCH_AGAIN and not self._named(kid))
         return is_old and self._fetch is not None
 
+    def _was_just_tried(self) -> bool:
+        return time.monotonic() - self._tried_at < _FETCH_AGAIN
+
     def _named(self, kid: str | None) -> list[Any]:
         return [key for name, key in self._keys if kid is None or name in (None, kid)]
 
     def _refresh(self, *, must: bool) -> None:
-        if time.monotonic() - self._tried_at < _FETCH_AGAIN:
+        if self._was_just_tried():
             if must:
                 raise KeysUnavailable("the keys of the OpenID provider could not be fetched")
             return

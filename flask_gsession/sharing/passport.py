@@ -178,7 +178,7 @@ class PassportReader:
 
     def _start(self) -> None:
         self._lock = threading.Lock()
-        self._fetching = threading.Lock()  # held during a fetch
+        self._fetching = threading.RLock()  # held during a fetch, which may read one itself
 
     def read(self, text: str) -> Passport:
         """The contents of a passport. Raises ``PassportRefused``, and errors of fetching keys."""

@@ -22,8 +22,8 @@ from prometheus_client import CollectorRegistry
 from flask_gsession import Session
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.contrib.metrics_watch import StoreWatch
-from flask_gsession.contrib.oidc_tokens import ProviderKeys
-from flask_gsession.errors import CutOff, StoreUnavailable
+from flask_gsession.contrib.oidc_tokens import KeysUnavailable, ProviderKeys
+from flask_gsession.errors import CutOff, PassportRefused, StoreUnavailable
 from flask_gsession.live.hints import Hints
 from flask_gsession.live.listener import Listener, now
 from flask_gsession.protocol import gsession_pb2 as pb
@@ -217,6 +217,24 @@ def test_a_file_that_is_opened_during_a_fork_waits_for_it(tmp_path: Path) -> Non
     assert not opening.is_alive()
 
 
+def test_a_file_is_opened_in_a_child_of_a_fork_in_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of the parent may have held the lock."""
+    held, noticed = Event(), Event()
+
+    def hold() -> None:
+        with sqlite._opened.forking:
+            held.set()
+            noticed.wait(5)
+
+    Thread(target=hold).start()
+    held.wait(30)
+    monkeypatch.setattr(sqlite.process, "notice", noticed.set)
+    sqlite.SQLiteFile(tmp_path / "other.sqlite3", 1.0)
+    assert noticed.is_set()
+
+
 class Interrupt(BaseException):
     """Raised by a signal handler."""
 
@@ -379,6 +397,15 @@ def test_the_near_cache_is_on_again_only_after_it_hears_changes() -> None:
     changes.meanwhile.join(30)
     assert fed != ["missed"]
     assert changes.subscribers == [kept]
+
+
+def test_a_near_cache_that_was_off_at_a_fork_stays_off() -> None:
+    """Its subscription isn't there in the child, either."""
+    changes: Any = Listens()
+    kept = KeptRecords(changes, 1.0, 1000)
+    kept._off_until = now() + 1000
+    kept._start()
+    assert kept.feed("k") is None
 
 
 # Threads that have to go on -----------------------------------------------------------------------
@@ -548,3 +575,41 @@ def test_logout_tokens_are_read_while_another_thread_fetches_the_keys() -> None:
     found.append(len(keys.candidates("1")))
     fetch.meanwhile.join(30)
     assert found == [1, 1]
+
+
+def test_a_fetch_of_keys_may_check_tokens_itself() -> None:
+    """As a service does in its own requests, for example. The keys aren't there yet."""
+
+    def read() -> None:
+        with pytest.raises(PassportRefused):
+            reader.read("x.y.z")
+
+    def fetch_and_read() -> Any:
+        read()
+        return keys
+
+    def fetch_and_check() -> Any:
+        with pytest.raises(KeysUnavailable):
+            logouts.candidates("1")
+        return keys
+
+    key = ECKey.generate_key("P-256", {"kid": "1", "use": "sig"})
+    keys = {"keys": [key.as_dict(private=False)]}
+    reader = PassportReader(fetch_and_read, "shop", "billing")
+    logouts = ProviderKeys(fetch_and_check)
+    for call in (read, lambda: logouts.candidates("1")):
+        thread = Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("lock", ["near cache", "sqlite"])
+def test_a_finalizer_or_a_signal_handler_may_take_a_lock_again(lock: str) -> None:
+    near = KeptRecords(MemoryStore(), 1.0, 0)._lock
+    again = {"near cache": near, "sqlite": sqlite._opened.lock}[lock]
+    with again:
+        taken = again.acquire(blocking=False)
+        if taken:
+            again.release()
+    assert taken

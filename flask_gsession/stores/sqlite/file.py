@@ -91,7 +91,8 @@ class _Opened:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # held while files are created or changed
+        # Held while files are created or changed. A signal handler may call the store, too.
+        self.lock = threading.RLock()
         self.forking = threading.RLock()  # held during a fork that Python sees
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.inherited: set[_File] = set()
@@ -101,7 +102,7 @@ class _Opened:
 
     def begin(self) -> None:
         """In a forked process: open connections belong to the parent, and mustn't be closed."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.forking = threading.RLock()
         for connection in list(self.connections):
             self.inherited.update(filter(None, connection.files))
@@ -233,6 +234,7 @@ class SQLiteFile:
         self._look_at = 0.0  # of time.monotonic
         self._warned_of_folder = False
         self._start_pool()
+        process.notice()
         with _opened.forking:  # a fork goes through the files
             _opened.files.add(self)
 

@@ -115,12 +115,13 @@ class KeptRecords(Subscriber):
         self._max_bytes = max_bytes
         self.hits = self.misses = self.bypasses = 0
         self._said_late = False
+        self._off_until = NEVER  # in a forked process too, which inherits the subscriptions
         self._start()
         process.register(self._start)
         changes.subscribe(self, bound / 4)
 
     def _start(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may end the listener in any thread
         self.entries: dict[str, tuple[NearRecord, Feed]] = {}
         #: the feed of the latest record
         self.last: Feed | None = None
@@ -128,7 +129,6 @@ class KeptRecords(Subscriber):
         self._marks: dict[str, object] = {}
         self._heard = 0
         self._judged: tuple[float, int, int] = (now(), 0, self.hits)
-        self._off_until = NEVER
         self._late = 0
 
     def feed(self, key: str) -> Feed | None:
