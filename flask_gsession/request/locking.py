@@ -7,6 +7,7 @@ import contextvars
 import os
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -129,7 +130,7 @@ class Lock(Generic[S]):
             if kind is None:
                 wrote = self._commit()
             else:
-                self._roll_back()
+                self._end_block(roll_back)
         except LockLost:
             self._lost = True
             raise
@@ -287,6 +288,7 @@ class Lock(Generic[S]):
         """Store the block's changes. Returns whether there were any."""
         life = self._life
         if life.lease is None and not life.ended:
+            self._end_block(leave_block)
             return True  # the block ended the session; later changes belong to a new one
         try:
             with life.mutex:
@@ -298,16 +300,19 @@ class Lock(Generic[S]):
                 own = life.lease is None and life.handle is not None
                 self._moved = wrote and life.handle != self._key and not own
         except LogoutUnconfirmed:
-            self._moved = True  # the block was stored
+            self._moved = True
+            self._end_block(leave_block)  # it was stored
             raise
         except BaseException:
-            self._roll_back()
+            self._end_block(roll_back)
             raise
+        self._end_block(leave_block)
         return wrote
 
-    def _roll_back(self) -> None:
+    def _end_block(self, end: Callable[[Lifecycle, Block], None]) -> None:
         if self._block is not None:
-            roll_back(self._life, self._block)
+            end(self._life, self._block)
+            self._block = None
 
     def _leave(self) -> None:
         """Release the lock, and report it."""
@@ -320,9 +325,7 @@ class Lock(Generic[S]):
         with life.mutex:
             life.lease = None
             life.locked = False
-            if self._block is not None:
-                leave_block(life, self._block)
-                self._block = None
+            self._end_block(roll_back)  # if an exception interrupted that
         held = time.monotonic() - self._since
         if self._lost:
             logger.warning(

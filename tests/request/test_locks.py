@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count as steps
 from typing import Any
 
 import pytest
@@ -28,8 +29,10 @@ from flask_gsession import (
 )
 from flask_gsession.errors import UnreadableRecord
 from flask_gsession.events import LockAcquired, LockExpired, LockRefused, LockReleased
+from flask_gsession.request.blocks import roll_back
 from flask_gsession.request.lease_renewal import renewer
 from flask_gsession.request.locking import Lock
+from flask_gsession.request.rebasing import roll_back_values
 from flask_gsession.request.session import lifecycle_of
 from flask_gsession.stores import StoreOptions, open_store
 from flask_gsession.stores.base import Replaced
@@ -37,6 +40,7 @@ from flask_gsession.testing import FakeClock
 from flask_gsession.values.codec import Codec
 from tests.harness.apps import STUCK as PATIENCE
 from tests.harness.apps import Site, SiteMaker, Visitor, at_once, until
+from tests.harness.interleaving import strike_at
 
 
 def a_visitor(site: Site, **values: Any) -> Visitor:
@@ -1306,3 +1310,31 @@ def test_errors_that_handlers_know(clock: FakeClock) -> None:
     assert SessionLocked("why").code == 503
     assert str(SessionLocked("why")) == "why"
     assert Lock.__doc__
+
+
+@pytest.mark.parametrize("function", [roll_back, roll_back_values])
+def test_a_failed_block_of_a_lock_stores_nothing_even_if_interrupted_again(
+    site: Site, function: Callable[..., Any]
+) -> None:
+    class Killed(BaseException):
+        """As gevent's Timeout, at each step in turn."""
+
+    for step in steps():
+        visitor = site.visitor()
+        visitor.run(lambda session: session.update(left=1))
+
+        def view(session: Any, step: int = step) -> bool:
+            with (
+                strike_at(function, step, Killed) as struck,
+                suppress(Killed, ZeroDivisionError),
+                session.lock(),
+            ):
+                session["left"] = 0
+                session["paid"] = 1 // 0
+            session["after"] = True
+            return bool(struck)
+
+        was_struck = visitor.run(view)
+        assert visitor.run(dict) == {"left": 1, "after": True}, step
+        if not was_struck:
+            break
