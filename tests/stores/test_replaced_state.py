@@ -305,6 +305,7 @@ def test_a_stream_that_begins_or_fails_before_a_fork_keeps_no_other_open() -> No
 
     class Stream:
         def end_before_fork(self) -> None:
+            guard.remove(self)
             ended.append(self)
             raise StoreUnavailable("gRPC is stuck")
 
@@ -314,6 +315,27 @@ def test_a_stream_that_begins_or_fails_before_a_fork_keeps_no_other_open() -> No
     guard.before_fork()
     guard.after_fork()
     assert ended == streams
+
+
+def test_a_stream_that_is_just_beginning_ends_before_a_fork() -> None:
+    guard, begins, ended = forks.ForkGuard(), Event(), Event()
+    kind = type("Stream", (), {"end_before_fork": lambda _: (guard.remove(stream), ended.set())})
+    stream: Any = kind()
+
+    def begin() -> None:
+        begins.set()
+        while not guard.forking:
+            time.sleep(0.001)
+        time.sleep(0.05)  # the fork has ended other streams already
+        guard.add(stream)
+
+    thread = Thread(target=guard.run, args=(begin,))
+    thread.start()
+    assert begins.wait(30)
+    guard.before_fork()
+    guard.after_fork()
+    thread.join(30)
+    assert ended.is_set()
 
 
 def test_a_call_gives_up_in_time_while_the_channel_is_being_opened(
@@ -333,7 +355,7 @@ def test_a_watch_without_a_thread_leaves_no_stream_open(monkeypatch: pytest.Monk
     cancelled: list[bool] = []
     call = SimpleNamespace(cancel=lambda: cancelled.append(True))
     channel: Any = SimpleNamespace(
-        stream=lambda *_: call, shielded=lambda call: call(), timeout=1.0
+        stream=lambda *arguments: arguments[-1](call), shielded=lambda call: call(), timeout=1.0
     )
 
     def refuse(_: Thread) -> None:

@@ -100,9 +100,8 @@ class RemoteChanges:
         self._number = 0
         self._requests.put(pb.WatchRequest(interval=interval, name_server=True))
         self._reader = threading.Thread(target=self._read, name="gsession-watch", daemon=True)
-        self._call = channel.stream("Watch", iter(self._requests.get, None))
+        channel.stream("Watch", iter(self._requests.get, None), self._begun)
         try:
-            guard.add(self)
             try:
                 self._reader.start()
             except RuntimeError as error:  # the system can't start a thread
@@ -117,6 +116,10 @@ class RemoteChanges:
         except BaseException:
             self.close()
             raise
+
+    def _begun(self, call: Any) -> None:
+        self._call = call
+        guard.add(self)
 
     def _read(self) -> None:
         try:
@@ -172,6 +175,7 @@ class RemoteChanges:
 
     def end_before_fork(self) -> None:
         """End the stream and its threads. The listener opens a new one after the fork."""
+        guard.remove(self)
         self._cancel()
         self._requests.put(None)
         until = time.monotonic() + _ENDING

@@ -225,10 +225,13 @@ class Channel:
         """The error for a reply that lacks a required field."""
         return StoreUnavailable(f"{self._where(name)}: {_OTHER_VERSION}")
 
-    def stream(self, name: str, requests: Iterator[Any]) -> Any:
-        """A call with many messages in both directions; iterate over its replies."""
+    def stream(self, name: str, requests: Iterator[Any], begun: Callable[[Any], object]) -> None:
+        """Begin a call with many messages in both directions.
+
+        ``begun`` gets the call, whose replies one iterates over, before a fork can continue.
+        """
         process.notice()
-        return self.shielded(lambda: guard.run(lambda: self._send(name, requests, None)))
+        self.shielded(lambda: guard.run(lambda: begun(self._send(name, requests, None))))
 
     def shielded(self, call: Callable[[], Any]) -> Any:
         """Run ``call``, which doesn't wait for the server, safe from signals."""

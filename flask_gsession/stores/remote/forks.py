@@ -27,7 +27,8 @@ _PAUSE = 0.001  # seconds
 class Stream(Protocol):
     """A stream, or anything else that has threads inside gRPC."""
 
-    def end_before_fork(self) -> None: ...
+    def end_before_fork(self) -> None:
+        """End it, and remove it from the guard."""
 
 
 class ForkGuard:
@@ -63,12 +64,16 @@ class ForkGuard:
 
     def before_fork(self) -> None:
         self.forking = True
-        for stream in self.streams:
-            with suppress(StoreUnavailable):  # the others still have to end
-                stream.end_before_fork()
+        self._end_streams()
         own, over = get_ident(), time.monotonic() + _LONGEST_WAIT
         while self.calls.keys() - {own} and time.monotonic() < over:
             time.sleep(_PAUSE)
+        self._end_streams()  # those that were just beginning
+
+    def _end_streams(self) -> None:
+        for stream in self.streams:
+            with suppress(StoreUnavailable):  # the others still have to end
+                stream.end_before_fork()
 
     def after_fork(self) -> None:
         self.forking = False
