@@ -20,7 +20,7 @@ from ..events import CleanedUp, CleanupFailed, logger
 from ..extension import NAME as EXTENSION
 from ..extension import Session
 from ..interface import GSessionInterface
-from ..processes import is_before_fork, runs_threads, warn_without_threads
+from ..processes import is_before_fork, process, runs_threads, warn_without_threads
 from ..repository.repository import Repository
 from ..stores.base import CLEANUP_KEY, Record, Store, new_version
 from ..stores.parts import Tidied, Upkeep, parts_of
@@ -129,6 +129,11 @@ class _Worker:
         self._pid = 0
         self._stop = threading.Event()
         self._end: weakref.finalize[..., object] | None = None
+        self._prepare()
+        process.register(self._prepare)
+
+    def _prepare(self) -> None:
+        self._beginning = threading.RLock()  # a signal handler may make a request, too
 
     def begin(self, *_: object, **__: object) -> None:
         """Start the thread of this process unless it runs."""
@@ -136,17 +141,21 @@ class _Worker:
             return
         if is_before_fork() or not runs_threads():
             return  # the process could fork or freeze in the middle of a step
-        self._pid = getpid()
-        self._stop = threading.Event()
-        thread = threading.Thread(
-            target=_work, args=(weakref.ref(self), self._stop), name=NAME, daemon=True
-        )
-        try:
-            thread.start()
-        except RuntimeError as error:  # the request continues without a clean-up
-            logger.warning("Can't start a thread for the clean-up: %s", error)
-            return
-        self._end = closing(self, partial(_end, self._stop, thread))
+        process.notice()
+        with self._beginning:
+            if self._pid == getpid():
+                return  # another request was faster
+            self._pid = getpid()
+            self._stop = threading.Event()
+            thread = threading.Thread(
+                target=_work, args=(weakref.ref(self), self._stop), name=NAME, daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # the request continues without a clean-up
+                logger.warning("Can't start a thread for the clean-up: %s", error)
+                return
+            self._end = closing(self, partial(_end, self._stop, thread))
 
     def start(self) -> None:
         """Like ``begin``, even after ``end``."""

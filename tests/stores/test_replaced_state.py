@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Semaphore, Thread
-from threading import enumerate as enumerate_threads
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +19,14 @@ from marshmallow import fields
 from prometheus_client import CollectorRegistry
 
 from flask_gsession import Session
+from flask_gsession.contrib import metrics_watch
 from flask_gsession.contrib.metrics import SessionMetrics
 from flask_gsession.contrib.metrics_watch import StoreWatch
 from flask_gsession.contrib.oidc_tokens import KeysUnavailable, ProviderKeys
 from flask_gsession.errors import CutOff, PassportRefused, StoreUnavailable
 from flask_gsession.live.hints import Hints
 from flask_gsession.live.listener import Listener, now
+from flask_gsession.operate import cleanup
 from flask_gsession.protocol import gsession_pb2 as pb
 from flask_gsession.sharing.passport import PassportReader
 from flask_gsession.stores import StoreOptions, open_store
@@ -46,6 +47,7 @@ from flask_gsession.stores.wrappers.near_cache import KeptRecords
 from flask_gsession.testing import a_record
 from flask_gsession.typed import SessionKey
 from flask_gsession.values.merge import DECLARED
+from tests.harness.apps import until
 from tests.harness.interleaving import before_line
 
 # Redis --------------------------------------------------------------------------------------------
@@ -538,16 +540,32 @@ def test_calls_that_begin_while_the_mongodb_client_closes_use_the_next_one(
     store.close()
 
 
-def test_two_threads_that_meet_an_outage_start_one_watch() -> None:
+def test_two_threads_that_meet_an_outage_start_one_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(metrics_watch, "_keep_watching", lambda *_: started.append(_))
     app = Flask(__name__)
     ext = Session(app, store="memory://")
     SessionMetrics(app, registry=CollectorRegistry())
     (watch,) = app.extensions["gsession-metrics"].values()
-    before = {*enumerate_threads()}
     with before_line(StoreWatch._begin, "self._wake = threading.Event()", watch._begin):
         watch._begin()
-    started = {*enumerate_threads()} - before
-    assert [thread.name for thread in started] == ["gsession-watch"]
+    until(lambda: started)
+    assert len(started) == 1
+    ext.close(app)
+
+
+def test_two_requests_start_one_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(cleanup, "_work", lambda *_: started.append(_))
+    app = Flask(__name__)
+    ext = Session(app, store=f"sqlite:///{tmp_path}/sessions.sqlite3")
+    cleanup.CleanupWorker(app)
+    worker = app.extensions[cleanup.NAME][ext]
+    with before_line(cleanup._Worker.begin, "is_before_fork()", worker.begin):
+        worker.begin()
+    until(lambda: started)
+    assert len(started) == 1
+    worker.end()
     ext.close(app)
 
 
