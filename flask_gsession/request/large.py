@@ -130,18 +130,22 @@ class SessionLargeValues:
         if self._lost_once.get(key) != raw:
             self._lost_once[key] = raw
             newer = raw if values.has_changed(key) else self._stored_now(key)
-            if newer is None:  # its key or its session is gone
-                mark_absent(values, key)
-                raise KeyError(key)
-            if newer != raw:
+            with values.mutex:
+                if newer == raw or values.has_changed(key):  # perhaps by another thread meanwhile
+                    return
+                if newer is None:  # its key or its session is gone
+                    mark_absent(values, key)
+                    raise KeyError(key)
                 replace_lost(values, key, newer, life.repository.now)
-            return
+                return
         handle = life.handle
         logger.warning(
             "Session %s: the large value under %a is lost: %s", handle, key[:60], error.reason
         )
         life.repository.events.emit(LargeValueLost, key, error.reason, handle)
-        mark_absent(values, key)
+        with values.mutex:
+            if undecoded(values, key) == raw or not values.has_changed(key):
+                mark_absent(values, key)
         kept = error.reason in _FOR_OTHERS or in_retried_code(life)
         if life.seen.record is not None and not kept:
             try:

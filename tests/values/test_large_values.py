@@ -22,10 +22,11 @@ import hashlib
 import io
 import tracemalloc
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
-from flask import Response
+from flask import Response, copy_current_request_context
 from marshmallow import ValidationError, fields
 
 from flask_gsession.errors import (
@@ -36,6 +37,7 @@ from flask_gsession.errors import (
     ValueLost,
 )
 from flask_gsession.events import LargeValueLost, SessionDestroyed, WriteDropped
+from flask_gsession.request.large import SessionLargeValues
 from flask_gsession.stores import Store, StoreOptions
 from flask_gsession.stores.memory import MemoryStore
 from flask_gsession.testing import FakeClock
@@ -694,6 +696,45 @@ LOOKS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "update_atomic": (lambda session: session.update_atomic("rows", len, []), 0),
     "typed": (lambda session: SessionKey("rows", fields.List(fields.Raw())).get(["no"]), ["no"]),
 }
+
+
+@pytest.mark.parametrize("meanwhile", ["replaced", "removed", "nothing"])
+def test_another_thread_sets_a_value_that_was_found_lost(
+    site: Site, meanwhile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sets the value after the look at the store, or after the second look at the value."""
+    visitor = with_rows(site)
+
+    def view(session: Any) -> Any:
+        def set_value() -> None:
+            thread = Thread(target=copy_current_request_context(lambda: put(rows="mine")(session)))
+            thread.start()
+            thread.join()
+
+        def stored_now(large: Any, key: str) -> bytes | None:
+            newer = find(large, key)
+            set_value()
+            return newer
+
+        def lost(large: Any, key: str, *details: Any) -> None:
+            if key in large._lost_once:
+                set_value()
+            handle(large, key, *details)
+
+        session["other"] = 1
+        missing(site, blob_of(site))
+        tab = visitor.another_tab()
+        if meanwhile == "nothing":
+            monkeypatch.setattr(SessionLargeValues, "lost", lost)
+        else:
+            change = put(rows="new") if meanwhile == "replaced" else lambda of: of.remove("rows")
+            tab.run(change)
+            monkeypatch.setattr(SessionLargeValues, "_stored_now", stored_now)
+        return session.get("rows")
+
+    find, handle = SessionLargeValues._stored_now, SessionLargeValues.lost
+    assert visitor.run(view) == (None if meanwhile == "nothing" else "mine")
+    assert visitor.run(get()) == "mine"
 
 
 def test_every_look_at_a_lost_value(site: Site) -> None:
