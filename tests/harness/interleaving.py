@@ -13,6 +13,17 @@ from typing import Any
 
 
 @contextmanager
+def _traced(trace: Any) -> Iterator[None]:
+    """Trace this thread."""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
 def before_line(
     function: Callable[..., Any], text: str, act: Callable[[], object]
 ) -> Iterator[None]:
@@ -35,13 +46,12 @@ def before_line(
             other.join(0.2)  # unless it waits for a lock that this thread holds
         return trace
 
-    before = sys.gettrace()
+    before = threading.gettrace()
     threading.settrace(trace)
-    sys.settrace(trace)
     try:
-        yield
+        with _traced(trace):
+            yield
     finally:
-        sys.settrace(before)
         threading.settrace(before)  # type: ignore[arg-type]  # None is allowed
     assert acted.is_set(), f"the line with {text!r} didn't run"
     other.join(30)
@@ -70,12 +80,8 @@ def strike_at(
                 raise error
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with _traced(trace):
         yield struck
-    finally:
-        sys.settrace(before)
 
 
 def at_each_step(function: Callable[..., Any], act: Callable[[], object]) -> Iterator[int]:
@@ -100,11 +106,7 @@ def at_each_step(function: Callable[..., Any], act: Callable[[], object]) -> Ite
                     act()
             return trace
 
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
+        with _traced(trace):
             yield step
-        finally:
-            sys.settrace(before)
         if not acted:
             return

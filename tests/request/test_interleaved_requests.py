@@ -781,6 +781,14 @@ class Script(Machine):
         self.begin(self.sessions[0], 0)
         self.begin(self.sessions[0], 0)
 
+    def begin_with_old_token(self) -> Open:
+        """A request that comes while the token is in its grace period, which another one began."""
+        rotating = self.requests[0]
+        self.rotate(rotating, 60)
+        self.end(rotating)
+        self.begin(self.sessions[0], 0)
+        return self.requests[-1]
+
     def take(self, request: Open, key: str) -> None:
         for each in KEYS:
             request.real.get(each)
@@ -824,11 +832,8 @@ def test_a_request_that_has_taken_nothing_ends_nothing(
 def test_a_reload_undoes_a_sign_in_with_an_old_token(store: Store, clock: FakeClock) -> None:
     """The reload discards unsaved changes, and loads the session of the token again."""
     script = Script(store, clock, cart=[])
-    rotating, other = script.requests
-    script.rotate(rotating, 60)
-    script.end(rotating)
-    script.begin(script.sessions[0], 0)
-    signing_in = script.requests[-1]
+    _, other = script.requests
+    signing_in = script.begin_with_old_token()
     script.update(other, "cart")
     script.rotate(signing_in, 0)
     script.reload(signing_in)
@@ -845,14 +850,11 @@ def test_a_logout_with_an_old_token_ends_the_session(
 ) -> None:
     """Also if another request has stored a key after the one that logs out looked."""
     script = Script(store, clock, cart=[])
-    rotating, leaving = script.requests
+    _, earlier = script.requests
     if order == "rotated meanwhile":
-        script.rotate(leaving, 0)
-    script.rotate(rotating, 60)
-    script.end(rotating)
-    if order != "rotated meanwhile":
-        script.begin(script.sessions[0], 0)
-        leaving = script.requests[-1]
+        script.rotate(earlier, 0)
+    later = script.begin_with_old_token()
+    leaving = earlier if order == "rotated meanwhile" else later
     script.begin(script.sessions[0], 1)
     writing = script.requests[-1]
     if order == "rotate first":
@@ -872,11 +874,7 @@ def test_a_sign_in_with_an_old_token_ends_nothing_that_was_filled_again(
 ) -> None:
     """The request has taken the last value, but also stored another one since."""
     script = Script(store, clock, cart=[])
-    rotating, _ = script.requests
-    script.rotate(rotating, 60)
-    script.end(rotating)
-    script.begin(script.sessions[0], 0)
-    signing_in = script.requests[-1]
+    signing_in = script.begin_with_old_token()
     script.take(signing_in, "cart")
     script.update(signing_in, "hits")
     script.rotate(signing_in, 0)
